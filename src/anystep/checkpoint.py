@@ -1,0 +1,214 @@
+"""Models and training states on disk: safetensors and JSON, written whole or not at all.
+
+A *model folder* holds `model.safetensors` (the weights to sample with) and `model.json` (network,
+spec, and where they came from). A *checkpoint* is a model folder that also holds
+`training.safetensors`, everything needed to go on. A *run* keeps its newest checkpoints under
+`checkpoints/`. Wherever a model is asked for, any of the three will do. Nothing is unpickled.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from anystep.errors import UserError
+from anystep.networks import NetworkConfig, build_model
+from anystep.registry import from_json, to_json
+from anystep.spec import Model, ModelSpec
+
+FORMAT = 1
+WEIGHTS, MODEL, TRAINING = "model.safetensors", "model.json", "training.safetensors"
+CHECKPOINTS = "checkpoints"
+
+
+def model_info(
+    network: NetworkConfig, spec: ModelSpec, training: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The content of `model.json`; `training` says where the weights come from."""
+    return {
+        "format": FORMAT,
+        "network": to_json(network),
+        "spec": to_json(spec),
+        "training": dict(training or {}),
+    }
+
+
+def save_model(folder: Path, net: nn.Module, info: Mapping[str, Any]) -> None:
+    """Write a model folder, replacing what stands there.
+
+    Args:
+        folder: where; made if missing.
+        net: the network with the weights to sample with.
+        info: from `model_info`.
+    """
+    _replace(folder, {WEIGHTS: dict(net.state_dict())}, {MODEL: info})
+
+
+def load_model(path: Path | str, device: torch.device | str = "cpu") -> Model:
+    """The model of a model folder, a checkpoint, or a run (its newest checkpoint).
+
+    Raises:
+        UserError: there is no model there, or it is damaged or of a newer format.
+    """
+    folder = find_model(Path(path))
+    info = read_info(folder)
+    model = build_model(
+        from_json(NetworkConfig, info["network"]), from_json(ModelSpec, info["spec"])
+    )
+    load_weights(model.net, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    return model.to(device).eval()
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """The content of a folder's `model.json`.
+
+    Raises:
+        UserError: it is missing, damaged or of a newer format.
+    """
+    info = read_json(folder / MODEL)
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        raise UserError(f"{folder / MODEL} is not of a format this version of anystep reads")
+    return info
+
+
+def find_model(path: Path) -> Path:
+    """The model folder that `path` stands for.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (path / MODEL).is_file():
+        return path
+    found = checkpoints(path)
+    if not found:
+        raise UserError(f"{path} holds no model: name a run, a checkpoint or a model folder")
+    return found[-1]
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    net: nn.Module,
+    info: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    keep: int,
+) -> Path:
+    """Write the checkpoint of `step`, then remove all but the newest `keep`.
+
+    A crash at any instant leaves the older checkpoints as they were.
+    """
+    folder = run / CHECKPOINTS / f"step-{step:08d}"
+    _replace(folder, {WEIGHTS: dict(net.state_dict()), TRAINING: dict(state)}, {MODEL: info})
+    for old in checkpoints(run)[:-keep]:
+        _remove(old)
+    return folder
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted((run / CHECKPOINTS).glob("step-*"))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        UserError: it is missing or damaged; another checkpoint, if there is one, is named.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing{_otherwise(path)}") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({_line(error)}){_otherwise(path)}") from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing{_otherwise(path)}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({_line(error)}){_otherwise(path)}") from None
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(data, indent=2) + "\n")
+    _sync(temporary)
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def load_weights(net: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load weights (cast to the network's dtype) that must fit exactly.
+
+    Raises:
+        UserError: they do not.
+    """
+    try:
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit its network: {_line(error)}") from None
+
+
+def _replace(
+    folder: Path, tensors: Mapping[str, dict[str, Tensor]], documents: Mapping[str, Any]
+) -> None:
+    """Make `folder` hold just these files; it is complete from the instant it has its name."""
+    temporary = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name, state in tensors.items():
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary / name)
+        _sync(temporary / name)
+    for name, document in documents.items():
+        write_json(temporary / name, document)
+    _sync(temporary)
+    if folder.exists():
+        _remove(folder)
+    temporary.rename(folder)
+    _sync(folder.parent)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder such that, if interrupted, no half of it keeps its name."""
+    doomed = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _otherwise(path: Path) -> str:
+    """What to do when a file of a checkpoint is unusable."""
+    if path.parent.parent.name != CHECKPOINTS:
+        return ""
+    others = [c.name for c in checkpoints(path.parent.parent.parent) if c != path.parent]
+    hint = f"go on from {others[-1]}" if others else "start again"
+    return f": remove {path.parent} to {hint}"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,345 @@
+"""The command line: train, sample, eval, info."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+import anystep
+from anystep import checkpoint, figures
+from anystep.config import TrainConfig, config_json, pick_device
+from anystep.data import DataConfig
+from anystep.errors import UserError
+from anystep.evaluate import Judge, generate, write_report
+from anystep.metrics import TorchScriptFeatures
+from anystep.objectives import Objective
+from anystep.presets import PRESETS, preset
+from anystep.registry import from_json, names, to_json, unknown
+from anystep.train import INTERRUPTED, train
+
+Where = Annotated[Path, tyro.conf.Positional]
+
+
+@dataclass(frozen=True)
+class SampleArgs:
+    """Draw samples from a model.
+
+    Attributes:
+        model: a run, a checkpoint or a model folder.
+        steps: sampling steps; any whole number from 1.
+        n: how many samples.
+        out: FILE.npz for arrays, FILE.png for a grid, or a folder for one PNG each.
+        label: one class for all; uniformly random by default.
+        guidance: classifier-free guidance strength; 1 is none.
+        force_guidance: apply guidance even where it was not trained or is baked in already.
+        seed: of noise and labels.
+        batch: samples a network call.
+        device: auto, cpu or cuda.
+    """
+
+    model: Where
+    steps: int = 1
+    n: int = 64
+    out: Path = Path("samples.png")
+    label: int | None = None
+    guidance: float = 1.0
+    force_guidance: bool = False
+    seed: int = 0
+    batch: int = 256
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """Judge models at each step count: a table, a plot and a grid of the same noise.
+
+    Attributes:
+        models: runs, checkpoints or model folders; the first one's dataset is used.
+        steps: step counts; powers of two up to the model's finest by default.
+        n: samples at each step count.
+        out: folder of the report; the first model's by default.
+        seed: of noise and labels.
+        features: a TorchScript program (it is run!) for features instead of the dataset's
+            own classifier.
+        device: auto, cpu or cuda.
+    """
+
+    models: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    steps: tuple[int, ...] = ()
+    n: int = 2048
+    out: Path | None = None
+    seed: int = 0
+    features: Path | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class InfoArgs:
+    """Show what a model is and what it may be asked, as JSON.
+
+    Attributes:
+        model: a run, a checkpoint or a model folder.
+    """
+
+    model: Where
+
+
+def parse(cls: Any, args: Sequence[str], prog: str, default: Any = None) -> Any:
+    """Parse dotted options; anything wrong is a one-line `UserError`."""
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            value, rest = tyro.cli(
+                cls, prog=prog, args=list(args), default=default, return_unknown_args=True
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(one_line(stderr.getvalue()) or f"see {prog} --help") from None
+    if rest:
+        known = options(value)
+        word = rest[0].split("=")[0]
+        raise UserError(
+            unknown("option", word.replace("_", "-"), known)
+            if word.startswith("-")
+            else f"unexpected argument {word!r}; see {prog} --help"
+        )
+    return value
+
+
+def one_line(box: str) -> str:
+    """The first paragraph of an error message drawn as a box, as one line."""
+    words = []
+    for line in box.splitlines()[1:]:
+        text = line.strip("│╭╮╰╯ ")
+        if text and set(text) == {"─"}:
+            break
+        words.append(text.strip("─ "))
+    return " ".join(" ".join(words).split())
+
+
+def options(config: Any, prefix: str = "--") -> list[str]:
+    """The dotted options of a dataclass, such as --objective.target-ema."""
+    found = []
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            found += options(value, f"{name}.")
+        else:
+            found += [name, f"--no-{name[2:]}"] if isinstance(value, bool) else [name]
+    return found
+
+
+def run_train(args: Sequence[str]) -> int:
+    """Usage: anystep train PRESET [--method METHOD] [--dry-run] [--field value ...]
+
+    PRESET is a dataset (below) or the config.json of a run. Every field of the config can be
+    set, as in --steps 500 or --objective.target-ema 0.99; `anystep train PRESET --help` lists
+    them. The same command again goes on where the run stopped.
+    """
+    words = list(args)
+    if not words or words[0] in ("-h", "--help"):
+        print(train_help())
+        return 0 if words else 2
+    name = words.pop(0)
+    if name.startswith("-"):
+        raise UserError(f"name a preset first: anystep train {'|'.join(PRESETS)}")
+    method = take(words, "--method") or "shortcut"
+    dry = "--dry-run" in words
+    words = [word for word in words if word != "--dry-run"]
+    if name.endswith(".json"):
+        start = from_json(TrainConfig, checkpoint.read_json(Path(name)))
+    else:
+        start = preset(name, method)
+    config = parse(TrainConfig, words, f"anystep train {name}", start)
+    if dry:
+        print(json.dumps(config_json(config), indent=2))
+        return 0
+    clock = time.perf_counter()
+    if not train(config):
+        print(f"interrupted; the run is saved: the same command goes on with it ({config.out})")
+        return INTERRUPTED
+    print(f"trained {config.out} in {time.perf_counter() - clock:.0f} s")
+    print(f"next: anystep sample {config.out} --steps 1    anystep eval {config.out}")
+    return 0
+
+
+def train_help() -> str:
+    """Help of `anystep train` with the presets and methods."""
+    lines = [str(run_train.__doc__).replace("\n    ", "\n"), "presets:"]
+    lines += [f"  {name:<15}{str(make.__doc__).splitlines()[0]}" for name, make in PRESETS.items()]
+    lines += ["", "methods (default shortcut; a variant is named as shortcut/paper):"]
+    return "\n".join(lines + [f"  {name}" for name in names(Objective.PACKAGE)])
+
+
+def take(words: list[str], option: str) -> str | None:
+    """Remove `option VALUE` or `option=VALUE` from `words` and return the value."""
+    for k, word in enumerate(words):
+        if word == option and k + 1 < len(words):
+            return [words.pop(k), words.pop(k)][1]
+        if word.startswith(f"{option}="):
+            return words.pop(k).partition("=")[2]
+    return None
+
+
+def run_sample(args: Sequence[str]) -> int:
+    """Draw samples from a model."""
+    request = parse(SampleArgs, args, "anystep sample")
+    if request.n < 1 or request.batch < 1:
+        raise UserError("n and batch must be at least 1")
+    model = checkpoint.load_model(request.model, pick_device(request.device))
+    if request.label is not None and not 0 <= request.label < max(model.spec.num_classes, 1):
+        raise UserError(
+            f"label {request.label} is out of range: classes are 0..{model.spec.num_classes - 1}"
+            if model.spec.num_classes
+            else "this model is unconditional: it takes no --label"
+        )
+    check_writable(request.out, len(model.spec.shape))
+    with tqdm(total=request.n, unit="sample", desc="sampling", delay=1) as bar:
+        x, cond = generate(
+            model,
+            request.n,
+            steps=request.steps,
+            seed=request.seed,
+            label=request.label,
+            guidance=request.guidance,
+            force_guidance=request.force_guidance,
+            batch=request.batch,
+            bar=bar.update,
+        )
+    write_samples(request.out, x, cond)
+    print(request.out)
+    return 0
+
+
+def check_writable(out: Path, rank: int) -> None:
+    """Refuse an output that cannot be written before the work is done, not after."""
+    if out.suffix not in ("", ".npz", ".png"):
+        raise UserError(f"{out}: write to FILE.npz, FILE.png or a folder without a suffix")
+    if not out.suffix and rank != 3:
+        raise UserError(f"{out}: these samples are no images; write to FILE.npz or FILE.png")
+    try:
+        (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+
+
+def write_samples(out: Path, x: torch.Tensor, cond: torch.Tensor | None) -> None:
+    """Write samples as arrays, as one grid, or as a folder of pictures."""
+    if out.suffix == ".npz":
+        arrays: dict[str, Any] = {"samples": x.numpy().astype(np.float32)}
+        np.savez(out, **arrays | ({} if cond is None else {"cond": cond.numpy()}))
+    elif out.suffix == ".png":
+        figures.save_rows(out, figures.near_square(x) if x.ndim == 4 else [x])
+    else:
+        for k, picture in enumerate(x):
+            suffix = "" if cond is None else f"-class{int(cond[k])}"
+            figures.to_picture(picture).save(out / f"{k:06d}{suffix}.png")
+
+
+def run_eval(args: Sequence[str]) -> int:
+    """Judge models at each step count."""
+    request = parse(EvalArgs, args, "anystep eval")
+    if not request.models:
+        raise UserError("name at least one run, checkpoint or model folder")
+    if any(n < 1 for n in request.steps):
+        raise UserError(f"steps must be at least 1, not {min(request.steps)}")
+    if request.n < 10:
+        raise UserError("judging needs n of at least 10 samples")
+    device = pick_device(request.device)
+    models = {str(p): checkpoint.load_model(p, device) for p in request.models}
+    first = request.models[0]
+    training = checkpoint.read_info(checkpoint.find_model(first))["training"]
+    if "config" not in training:
+        raise UserError(f"{first} does not say what data it was trained on")
+    splits = from_json(DataConfig, training["config"]["data"]).load()
+    for name, model in models.items():
+        if model.spec.shape != splits.train.shape:
+            raise UserError(f"{name} makes samples {model.spec.shape}, not {splits.train.shape}")
+    features = None
+    if request.features is not None:
+        features = TorchScriptFeatures(request.features)
+    finest = max(model.spec.finest for model in models.values())
+    steps = request.steps or tuple(2**k for k in range(finest.bit_length()))
+    out = request.out or first
+    files = write_report(
+        out, models, Judge(splits, features), steps=steps, n=request.n, seed=request.seed
+    )
+    print(files["table"].read_text())
+    for what, path in files.items():
+        print(f"{what}: {path}")
+    return 0
+
+
+def run_info(args: Sequence[str]) -> int:
+    """Show what a model is and what it may be asked."""
+    request = parse(InfoArgs, args, "anystep info")
+    folder = checkpoint.find_model(request.model)
+    model = checkpoint.load_model(folder)
+    info = checkpoint.read_info(folder)
+    about = {
+        "model": str(folder),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "spec": to_json(model.spec),
+        "network": info["network"],
+        "training": info["training"],
+    }
+    print(json.dumps(about, indent=2))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": run_train,
+    "sample": run_sample,
+    "eval": run_eval,
+    "info": run_info,
+}
+
+HELP = """usage: anystep COMMAND ...
+
+Generative models whose number of sampling steps is chosen after training.
+
+commands (anystep COMMAND --help says more):
+  train     train a model:          anystep train digits
+  sample    draw samples:           anystep sample runs/digits-shortcut --steps 4
+  eval      judge at every N:       anystep eval runs/digits-shortcut
+  info      what a model is:        anystep info runs/digits-shortcut
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code, 2 after a user's mistake."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    if not args or args[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(f"anystep {anystep.__version__}")
+        return 0
+    try:
+        if args[0] not in COMMANDS:
+            raise UserError(unknown("command", args[0], COMMANDS))
+        return COMMANDS[args[0]](args[1:])
+    except UserError as error:
+        print(f"anystep: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

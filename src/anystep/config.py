@@ -1,0 +1,149 @@
+"""Everything that determines a training run, as frozen dataclasses that go to JSON and back."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from anystep.data import DataConfig
+from anystep.errors import UserError
+from anystep.networks import NetworkConfig
+from anystep.objectives import Objective
+from anystep.registry import flatten, to_json
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule.
+
+    Attributes:
+        lr: peak learning rate.
+        betas: decay of the two moments.
+        weight_decay: decoupled weight decay, on all parameters.
+        warmup: steps of linear warm-up.
+        decay: how the rate falls after warm-up: not at all, or along a cosine to zero.
+        clip: bound on the norm of the gradient; None is off.
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.1
+    warmup: int = 0
+    decay: Literal["none", "cosine"] = "none"
+    clip: float | None = 1.0
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of step `step` of `steps`, counted from 0."""
+        rate = self.lr * min(1.0, (step + 1) / (self.warmup + 1))
+        if self.decay == "cosine":
+            rate *= 0.5 * (1 + math.cos(math.pi * step / steps))
+        return rate
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written while a run goes on; none of it changes the weights.
+
+    Attributes:
+        every: steps between lines of metrics.
+        save_every: steps between checkpoints; the last step is always saved.
+        keep: how many checkpoints are kept.
+        look_every: steps between sample grids and few-step scores; 0 is never.
+        look_steps: the step counts of those grids and scores.
+        look_samples: samples scored at each step count.
+        tensorboard: also write TensorBoard events, if tensorboard is installed.
+    """
+
+    every: int = 50
+    save_every: int = 500
+    keep: int = 2
+    look_every: int = 0
+    look_steps: tuple[int, ...] = (1, 4, 32)
+    look_samples: int = 512
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        data: the dataset.
+        network: the network.
+        objective: the method.
+        optimizer: AdamW and its schedule.
+        log: what is written on the way.
+        out: the run's folder.
+        steps: number of training steps.
+        batch: examples a step.
+        accumulate: parts into which a batch is cut to save memory.
+        ema: decay of the EMA of the weights that are sampled with; it warms up, so that its
+            horizon never exceeds a ninth of the run.
+        flip: mirror half of the images left to right.
+        seed: everything random follows from it.
+        device: "auto" is CUDA where there is one.
+        precision: "auto" is bfloat16 autocast on CUDA and float32 elsewhere.
+    """
+
+    data: DataConfig
+    network: NetworkConfig
+    objective: Objective
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    out: Path = Path("runs/run")
+    steps: int = 10_000
+    batch: int = 128
+    accumulate: int = 1
+    ema: float = 0.999
+    flip: bool = False
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.accumulate > self.batch:
+            raise UserError(f"accumulate {self.accumulate} is more than batch {self.batch}")
+        if self.log.every < 1 or self.log.save_every < 1 or self.log.keep < 1:
+            raise UserError("log.every, log.save_every and log.keep must be at least 1")
+
+
+# These may differ between a run and its continuation: they do not change the weights.
+FREE = ("out", "log.", "device")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The fields, as "name: old -> new", in which two configs (JSON) are different runs."""
+    a, b = flatten(old), flatten(new)
+    return [
+        f"{key}: {a.get(key)} -> {b.get(key)}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key) and not key.startswith(FREE)
+    ]
+
+
+def config_json(config: TrainConfig) -> dict[str, Any]:
+    """The config as JSON data."""
+    data: dict[str, Any] = to_json(config)
+    return data
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that "auto", "cpu", "cuda" or "cuda:1" stands for.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"unknown device {name!r}; use auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here; use --device cpu")
+    return device

@@ -1,0 +1,347 @@
+"""Judge a model at every step count: one table, one plot, one grid of the same noise.
+
+Distances are taken in the features of a classifier trained on the dataset's own labels, of a
+TorchScript program the user names, or, without labels, of the pixels' principal components
+(images) or the coordinates themselves (vectors). Each metric's value for held-out against
+training data is its floor.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from anystep import checkpoint, figures
+from anystep.config import LogConfig
+from anystep.data import Dataset, Splits, seeded
+from anystep.metrics import (
+    Classifier,
+    Features,
+    PixelFeatures,
+    class_accuracy,
+    frechet_distance,
+    kernel_distance,
+    memorisation,
+    precision_recall,
+    sliced_wasserstein,
+    train_classifier,
+    variance_ratio,
+)
+from anystep.sampling import draw, may_guide, sample
+from anystep.spec import Model
+
+REFERENCE = 10_000  # at most so many real examples; kernel and recall cost their square
+REAL = "real data"
+
+COLUMNS = {
+    "frechet": "Fréchet",
+    "kernel": "KID ×1000",
+    "precision": "precision",
+    "recall": "recall",
+    "accuracy": "class accuracy",
+    "variance": "within-class variance",
+    "memorisation": "distance to train / held-out's",
+    "sliced": "sliced W2",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """The scores of one model at one step count.
+
+    Attributes:
+        model: its name; `REAL` for held-out data.
+        steps: sampling steps; 0 for data.
+        guidance: strength of the guidance at sampling; 1 is none.
+        scores: metric -> value; the metrics are the keys of `COLUMNS`.
+    """
+
+    model: str
+    steps: int
+    guidance: float
+    scores: dict[str, float]
+
+
+class Coordinates:
+    """Vectors are their own features."""
+
+    name = "coordinates"
+
+    def __call__(self, x1: Tensor) -> Tensor:
+        """(N, D) unchanged."""
+        return x1.flatten(1)
+
+
+class Judge:
+    """A dataset, and features in which to compare samples with it.
+
+    Args:
+        splits: the data; reference is the training split.
+        features: None for the dataset's own (see the module's docstring).
+        cache: folder for trained classifiers; the user's cache when None.
+    """
+
+    def __init__(
+        self, splits: Splits, features: Features | None = None, cache: Path | None = None
+    ) -> None:
+        self.splits = splits
+        self.train = splits.train.rows(torch.arange(len(splits.train))[:REFERENCE])
+        self.x, self.labels = self.train.batch(slice(None))
+        self.classifier: Classifier | None = None
+        if splits.train.num_classes > 1:
+            self.classifier = train_classifier(splits, cache=cache or cache_folder())
+        self.features = features or self.classifier or default_features(self.x)
+        self.real = self.features(self.x)
+
+    def frechet(self, x: Tensor) -> float:
+        """Fréchet distance of samples to the training data."""
+        return frechet_distance(self.features(x), self.real)
+
+    def scores(self, x: Tensor, cond: Tensor | None) -> dict[str, float]:
+        """All metrics of samples x (N, *shape) made for class ids cond (N,)."""
+        features = self.features(x)
+        fidelity = precision_recall(self.real, features)
+        scores = {
+            "frechet": frechet_distance(features, self.real),
+            "kernel": 1000 * kernel_distance(features, self.real),
+            "precision": fidelity.precision,
+            "recall": fidelity.recall,
+        }
+        if self.classifier is not None and cond is not None and self.labels is not None:
+            scores["accuracy"] = class_accuracy(self.classifier.predict(x), cond)
+            scores["variance"] = variance_ratio(x, cond, self.x, self.labels)
+        if len(self.splits.held_out):
+            held_out, _ = self.splits.held_out.batch(slice(0, REFERENCE))
+            scores["memorisation"] = memorisation(x, self.x, held_out).ratio
+        if x.ndim == 2:
+            scores["sliced"] = sliced_wasserstein(x, self.x, generator=seeded(0, 0))
+        return scores
+
+    def floor(self) -> Row | None:
+        """Held-out data judged as samples are; None when nothing is held out."""
+        held_out: Dataset = self.splits.held_out
+        if len(held_out) < 5:
+            return None
+        x, labels = held_out.batch(slice(0, REFERENCE))
+        return Row(REAL, 0, 1.0, self.scores(x, labels))
+
+
+def default_features(x: Tensor) -> Features:
+    """Features for data without labels."""
+    return PixelFeatures(x) if x.ndim == 4 else Coordinates()
+
+
+def cache_folder() -> Path:
+    """Where trained classifiers are kept: $XDG_CACHE_HOME/anystep or ~/.cache/anystep."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anystep"
+
+
+def generate(
+    model: Model,
+    n: int,
+    *,
+    steps: int,
+    seed: int = 0,
+    label: int | None = None,
+    guidance: float = 1.0,
+    force_guidance: bool = False,
+    batch: int = 256,
+    bar: Callable[[int], object] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """N samples (n, *shape) and their class ids (n,), on the CPU.
+
+    The same seed gives the same noise and labels at every step count.
+
+    Args:
+        model: the model, on any device.
+        n: how many.
+        steps: sampling steps.
+        seed: of noise and labels.
+        label: one class for all; uniformly random when None.
+        guidance: see `anystep.sampling.sample`.
+        force_guidance: likewise.
+        batch: samples a network call.
+        bar: called with the number of samples just made.
+    """
+    device = next(model.parameters()).device
+    x0, cond = draw(model.spec, n, seeded(seed, 0), label)
+    parts = []
+    for i in range(0, n, batch):
+        x = sample(
+            model,
+            x0[i : i + batch].to(device),
+            steps=steps,
+            cond=None if cond is None else cond[i : i + batch].to(device),
+            guidance=guidance,
+            force_guidance=force_guidance,
+        )
+        parts.append(x.clamp(-1, 1).cpu() if model.spec.data == "[-1, 1]" else x.cpu())
+        if bar is not None:
+            bar(len(x))
+    return torch.cat(parts), cond
+
+
+def requests(model: Model, steps: Sequence[int]) -> list[tuple[int, float]]:
+    """The (steps, guidance) to judge.
+
+    A model with guidance baked into its coarser steps is judged at the finest one both without
+    and with guidance of that strength, since there it is not baked in.
+    """
+    spec = model.spec
+    pairs = []
+    for n in steps:
+        pairs.append((n, 1.0))
+        if spec.guidance != 1 and may_guide(spec, 1 / n):
+            pairs.append((n, spec.guidance))
+    return pairs
+
+
+def evaluate(
+    name: str, model: Model, judge: Judge, *, steps: Sequence[int], n: int = 2048, seed: int = 0
+) -> list[Row]:
+    """The scores of n samples at each step count, shown with a progress bar."""
+    pairs = requests(model, steps)
+    rows = []
+    with tqdm(total=n * sum(s for s, _ in pairs), unit="step", desc=name, delay=1) as bar:
+        for count, guidance in pairs:
+            x, cond = generate(
+                model,
+                n,
+                steps=count,
+                seed=seed,
+                guidance=guidance,
+                bar=lambda k, count=count: bar.update(k * count),  # type: ignore[misc]
+            )
+            rows.append(Row(name, count, guidance, judge.scores(x, cond)))
+    return rows
+
+
+def semigroup_gap(model: Model, n: int = 512, seed: int = 0) -> float:
+    """Mean of || X(x0, 0, 1) - X(X(x0, 0, 1/2), 1/2, 1/2) ||: one step against two."""
+    one, _ = generate(model, n, steps=1, seed=seed)
+    two, _ = generate(model, n, steps=2, seed=seed)
+    return float((one - two).flatten(1).norm(dim=1).mean())
+
+
+def table(rows: Sequence[Row], gaps: dict[str, float], notes: Sequence[str]) -> str:
+    """The scores as Markdown."""
+    used = [k for k in COLUMNS if any(k in row.scores for row in rows)]
+    head = ["model", "steps", *(COLUMNS[k] for k in used)]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in rows:
+        steps = "" if not row.steps else str(row.steps)
+        steps += f" (guidance {row.guidance:g})" if row.guidance != 1 else ""
+        cells = [f"{row.scores[k]:.3f}" if k in row.scores else "" for k in used]
+        lines.append(f"| {' | '.join([row.model, steps, *cells])} |")
+    lines += ["", *(f"Semigroup gap of {name}: {gap:.3f}  " for name, gap in gaps.items())]
+    return "\n".join([*lines, "", *(f"{note}  " for note in notes)]) + "\n"
+
+
+def write_report(
+    out: Path,
+    models: dict[str, Model],
+    judge: Judge,
+    *,
+    steps: Sequence[int],
+    n: int = 2048,
+    seed: int = 0,
+) -> dict[str, Path]:
+    """Judge every model and write table, plot and grids.
+
+    Returns:
+        What was written: "table", "json", "plot", and a "grid" a model.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    floor = judge.floor()
+    rows = [floor] if floor else []
+    for name, model in models.items():
+        rows += evaluate(name, model, judge, steps=steps, n=n, seed=seed)
+    gaps = {name: semigroup_gap(model) for name, model in models.items()}
+    notes = [
+        f"{n} samples (seed {seed}) against {len(judge.train)} training examples; "
+        f"{REAL}: {len(judge.splits.held_out)} held-out examples.",
+        f"Features: {judge.features.name}.",
+    ]
+    if judge.classifier is not None:
+        notes.append(f"Classifier accuracy on held-out data: {judge.classifier.accuracy:.4f}.")
+    files = {
+        "table": out / "quality.md",
+        "json": out / "quality.json",
+        "plot": out / "quality.png",
+    }
+    files["table"].write_text(table(rows, gaps, notes))
+    checkpoint.write_json(
+        files["json"],
+        {"rows": [asdict(row) for row in rows], "semigroup_gap": gaps, "notes": notes},
+    )
+    plot(files["plot"], rows)
+    for name, model in models.items():
+        key = "grid" if len(models) == 1 else f"grid {name}"
+        files[key] = out / (f"{key.replace(' ', '-').replace('/', '-')}.png")
+        save_grid(files[key], model, steps, seed=seed)
+    return files
+
+
+def plot(path: Path, rows: Sequence[Row]) -> None:
+    """Quality against steps: Fréchet distance, and accuracy and variance where there are any."""
+    curves: dict[str, dict[str, dict[int, float]]] = {}
+    floors = {}
+    for row in rows:
+        for key in ("frechet", "sliced", "accuracy", "variance"):
+            if key not in row.scores:
+                continue
+            if row.model == REAL:
+                floors[COLUMNS[key]] = row.scores[key]
+                continue
+            name = row.model + (f", guidance {row.guidance:g}" if row.guidance != 1 else "")
+            metric = curves.setdefault(COLUMNS[key], {})
+            metric.setdefault(name, {})[row.steps] = row.scores[key]
+    figures.plot_quality(path, curves, floors)
+
+
+def save_grid(
+    path: Path, model: Model, steps: Sequence[int], *, columns: int = 10, seed: int = 0
+) -> None:
+    """Save the same noises at each step count, a row each; classes in turn along a row."""
+    spec = model.spec
+    columns = columns if len(spec.shape) == 3 else 2000
+    device = next(model.parameters()).device
+    x0, cond = draw(spec, columns, seeded(seed, 0))
+    if cond is not None:
+        cond = (torch.arange(columns) % spec.num_classes).to(device)
+    rows = [sample(model, x0.to(device), steps=n, cond=cond).cpu() for n in steps]
+    figures.save_rows(path, rows, [f"{n} step{'s' if n > 1 else ''}" for n in steps])
+
+
+class Look:
+    """Sample grids and few-step scores while a run goes on; changes nothing in it.
+
+    Args:
+        config: how often, at which step counts, how many samples.
+        splits: the data.
+        out: the run's folder; pictures go to `samples/` in it.
+        device: where the model is.
+    """
+
+    def __init__(self, config: LogConfig, splits: Splits, out: Path, device: Any) -> None:
+        self.config, self.splits, self.out = config, splits, out
+        self.judge: Judge | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether to look after `step` steps."""
+        return self.config.look_every > 0 and step % self.config.look_every == 0
+
+    def __call__(self, model: Model, step: int) -> dict[str, float]:
+        """Write the grid of this step; returns the Fréchet distance at each step count."""
+        self.judge = self.judge or Judge(self.splits)
+        save_grid(self.out / "samples" / f"step-{step:08d}.png", model, self.config.look_steps)
+        scores = {}
+        for n in self.config.look_steps:
+            x, _ = generate(model, self.config.look_samples, steps=n)
+            scores[f"frechet/{n}"] = self.judge.frechet(x)
+        return scores

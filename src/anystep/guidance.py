@@ -1,0 +1,67 @@
+"""Classifier-free guidance: u_null + w (u_cond - u_null).
+
+Source: Ho and Salimans, "Classifier-Free Diffusion Guidance" (arXiv 2207.12598); inside shortcut
+targets, Frans et al. (arXiv 2410.12557), section 3.
+"""
+
+import torch
+from torch import Tensor
+
+from anystep.errors import UserError
+from anystep.path import expand_to
+from anystep.spec import Network
+
+
+def null_condition(net: object, cond: Tensor | None) -> Tensor | None:
+    """What stands for no condition, shaped like `cond` (B,), if `net` says so by `null_label`."""
+    null = getattr(net, "null_label", None)
+    return None if cond is None or null is None else torch.full_like(cond, null)
+
+
+def drop_condition(
+    cond: Tensor | None, null_cond: Tensor | None, share: float, generator: torch.Generator
+) -> Tensor | None:
+    """Replace each entry of `cond` (B,) by the null condition with probability `share`."""
+    if cond is None or null_cond is None or not share:
+        return cond
+    drop = torch.rand(cond.shape, generator=generator, device=cond.device) < share
+    return torch.where(drop, null_cond, cond)
+
+
+def guided(
+    net: Network,
+    x: Tensor,
+    t: Tensor,
+    d: Tensor,
+    cond: Tensor | None,
+    *,
+    guidance: float | Tensor,
+    null_cond: Tensor | None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """U with guidance, conditional and unconditional rows in one network call.
+
+    Args:
+        net: the network.
+        x: (B, *shape).
+        t: (B,).
+        d: (B,).
+        cond: class ids (B,).
+        guidance: strength w, a number or (B,); 1 is the conditional u, 0 the unconditional.
+        null_cond: (B,), what stands for no condition.
+        rows: boolean (B,), the rows to guide; all of them when None.
+
+    Raises:
+        UserError: there is no condition, or nothing that stands for its absence.
+    """
+    if cond is None or null_cond is None:
+        raise UserError("guidance needs a class-conditional model that knows its null label")
+    if rows is None:
+        rows = torch.ones(len(x), dtype=torch.bool)
+    extra = [a[rows.to(a.device)] for a in (x, t, d, null_cond)]
+    u = net(*(torch.cat(pair) for pair in zip((x, t, d, cond), extra, strict=True)))
+    u, u_null = u[: len(x)].clone(), u[len(x) :]
+    w = torch.as_tensor(guidance, dtype=u.dtype, device=u.device).expand(len(x))
+    rows = rows.to(u.device)
+    u[rows] = torch.lerp(u_null, u[rows], expand_to(w[rows], u))
+    return u

@@ -1,0 +1,42 @@
+"""Networks `net(x, t, d, cond) -> u`, one file each, found by file name.
+
+A network config is a frozen dataclass whose `build` makes the module for the shape and classes
+of the data. A network knows its `null_label` (None when it is unconditional); `cond=None` means
+the null label for every row.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from anystep.spec import Model, ModelSpec
+
+
+@dataclass(frozen=True)
+class NetworkConfig(ABC):
+    """Base of every network config."""
+
+    PACKAGE: ClassVar[str] = "anystep.networks"
+
+    @abstractmethod
+    def build(self, shape: tuple[int, ...], num_classes: int = 0, finest: int = 128) -> nn.Module:
+        """The network for samples of `shape`, with `num_classes` classes (0: unconditional).
+
+        Args:
+            shape: shape of one sample.
+            num_classes: class ids 0..num_classes - 1; the null label is num_classes.
+            finest: M; steps of 1/M and less share one level.
+
+        Raises:
+            UserError: the network cannot take this shape.
+        """
+
+
+BASE = NetworkConfig
+
+
+def build_model(network: NetworkConfig, spec: ModelSpec) -> Model:
+    """A freshly initialised model for `spec`."""
+    return Model(network.build(spec.shape, spec.num_classes, spec.finest), spec)

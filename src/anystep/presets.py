@@ -1,0 +1,150 @@
+"""Presets: a function a dataset, giving the config of a run that works on it.
+
+A preset takes the objective, because a run is a preset of data and network crossed with a
+method; everything can be overridden afterwards.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import tyro
+
+from anystep.config import LogConfig, OptimizerConfig, TrainConfig
+from anystep.data.arrays import Arrays
+from anystep.data.digits import Digits
+from anystep.data.fashion_mnist import FashionMNIST
+from anystep.data.folder import Folder
+from anystep.data.mixture import Mixture
+from anystep.errors import UserError
+from anystep.networks.dit import DiTConfig
+from anystep.networks.mlp import MLPConfig
+from anystep.objectives import Objective
+from anystep.registry import find, unknown
+
+Preset = Callable[[Objective], TrainConfig]
+
+
+def digits(objective: Objective) -> TrainConfig:
+    """8x8 digits, class-conditional, about three minutes on two cores."""
+    return TrainConfig(
+        data=Digits(),
+        network=DiTConfig(patch=2, width=96, depth=4, heads=4),
+        objective=objective,
+        optimizer=OptimizerConfig(
+            lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup=100, decay="cosine"
+        ),
+        log=LogConfig(look_every=500, look_steps=(1, 4, 32)),
+        steps=2200,
+        batch=128,
+    )
+
+
+def fashion_mnist(objective: Objective) -> TrainConfig:
+    """28x28 garments, class-conditional."""
+    return TrainConfig(
+        data=FashionMNIST(),
+        network=DiTConfig(patch=4, width=128, depth=6, heads=4),
+        objective=objective,
+        optimizer=OptimizerConfig(
+            lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup=200, decay="cosine"
+        ),
+        log=LogConfig(look_every=2000, save_every=1000),
+        steps=15_000,
+        batch=128,
+    )
+
+
+def folder(objective: Objective) -> TrainConfig:
+    """Your pictures at 32x32; name the folder with --data.path."""
+    return TrainConfig(
+        data=Folder(path=tyro.MISSING),
+        network=DiTConfig(patch=4, width=192, depth=6, heads=6),
+        objective=objective,
+        optimizer=OptimizerConfig(
+            lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup=200, decay="cosine"
+        ),
+        log=LogConfig(look_every=500),
+        steps=20_000,
+        batch=64,
+    )
+
+
+def arrays(objective: Objective) -> TrainConfig:
+    """Images of an npz or npy file; name it with --data.path."""
+    return TrainConfig(
+        data=Arrays(path=tyro.MISSING),
+        network=DiTConfig(patch=2, width=192, depth=6, heads=6),
+        objective=objective,
+        optimizer=OptimizerConfig(
+            lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup=200, decay="cosine"
+        ),
+        log=LogConfig(look_every=500),
+        steps=20_000,
+        batch=64,
+    )
+
+
+def vectors(objective: Objective) -> TrainConfig:
+    """Vectors of an npz or npy file; name it with --data.path."""
+    return TrainConfig(
+        data=Arrays(path=tyro.MISSING),
+        network=MLPConfig(width=256, depth=4),
+        objective=objective,
+        optimizer=OptimizerConfig(
+            lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup=100, decay="cosine"
+        ),
+        steps=10_000,
+        batch=256,
+    )
+
+
+def mixture(objective: Objective) -> TrainConfig:
+    """Eight Gaussians in the plane, under a minute."""
+    return TrainConfig(
+        data=Mixture(),
+        network=MLPConfig(),
+        objective=objective,
+        optimizer=OptimizerConfig(
+            lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup=100, decay="cosine"
+        ),
+        steps=5000,
+        batch=256,
+    )
+
+
+PRESETS: dict[str, Preset] = {
+    preset.__name__.replace("_", "-"): preset
+    for preset in (digits, fashion_mnist, folder, arrays, vectors, mixture)
+}
+
+
+def objective(name: str) -> Objective:
+    """The objective `name`, or one of its variants, as "shortcut/paper".
+
+    Raises:
+        UserError: there is no such method or variant.
+    """
+    method, _, variant = name.partition("/")
+    cls = find(Objective.PACKAGE, method)
+    if not variant:
+        made: Objective = cls()
+        return made
+    variants = getattr(cls, "VARIANTS", {})
+    if variant not in variants:
+        raise UserError(unknown(f"variant of {method}", variant, variants))
+    made = variants[variant]()
+    return made
+
+
+def preset(name: str, method: str = "shortcut") -> TrainConfig:
+    """The config of preset `name` with the objective `method`, out in runs/<name>-<method>.
+
+    Raises:
+        UserError: unknown preset or method; the nearest name is suggested.
+    """
+    if name not in PRESETS:
+        raise UserError(unknown("preset", name, PRESETS))
+    config = PRESETS[name](objective(method))
+    slug = f"{name}-{method}".replace("/", "-").replace("_", "-")
+    fields = vars(config) | {"out": Path("runs") / slug}
+    return TrainConfig(**fields)

@@ -1,0 +1,116 @@
+"""What a trained network may be asked: the `ModelSpec`, and the `Model` that keeps to it.
+
+A *network* is any `net(x, t, d, cond) -> u`. A *model* is a network and its spec. The spec is
+written at training, saved with the weights and read by every sampler, so that nothing about a
+method is guessed from a file name or repeated on a command line.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from anystep.errors import UserError
+
+Network = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a network predicts and which inputs it was trained on.
+
+    Attributes:
+        shape: shape of one sample, channels first; empty for a network nothing is known of.
+        num_classes: number of classes, 0 for an unconditional model. Class ids are
+            0..num_classes - 1 and the null label (no condition) is num_classes.
+        predicts: what the output means; "u" is the average velocity over the step.
+        path: the path of `anystep.path`.
+        step_input: the d the network expects: the "step", or always "zero".
+        finest: M; a step of 1/M or less is asked as d = 0. A power of two.
+        levels: the trained levels j, step size d = 2^-j; level log2 M stands for d = 0.
+        null_levels: the levels at which the null label was trained, which is where guidance at
+            sampling has a meaning.
+        guidance: strength of the guidance baked into the weights; 1 is none.
+        guided_levels: the levels into which it is baked.
+        data: the scale of the data: "[-1, 1]" for images, "raw" for vectors.
+        sampler: the sampler the model is meant for.
+    """
+
+    shape: tuple[int, ...] = ()
+    num_classes: int = 0
+    predicts: Literal["u"] = "u"
+    path: Literal["linear"] = "linear"
+    step_input: Literal["step", "zero"] = "step"
+    finest: int = 128
+    levels: tuple[int, ...] = tuple(range(8))
+    null_levels: tuple[int, ...] = (7,)
+    guidance: float = 1.0
+    guided_levels: tuple[int, ...] = ()
+    data: Literal["[-1, 1]", "raw"] = "[-1, 1]"
+    sampler: Literal["euler"] = "euler"
+
+    def __post_init__(self) -> None:
+        finest_level(self.finest)
+        known = {"predicts": "u", "path": "linear", "sampler": "euler"}
+        for field, value in known.items():
+            if getattr(self, field) != value:
+                raise UserError(
+                    f"this version of anystep cannot sample a model whose {field} is "
+                    f"{getattr(self, field)!r} (it knows {value!r})"
+                )
+
+    @property
+    def null_label(self) -> int | None:
+        """The class id that stands for no condition; None for an unconditional model."""
+        return self.num_classes or None
+
+    def asked(self, d: float) -> float:
+        """The d the network is asked for a step of size d."""
+        return 0.0 if self.step_input == "zero" or d <= 1 / self.finest else d
+
+    def level(self, d: float) -> float:
+        """The level the network is asked for a step of size d; whole for a trained size."""
+        asked = self.asked(d)
+        return -math.log2(asked) if asked else finest_level(self.finest)
+
+
+def finest_level(finest: int) -> int:
+    """log2 M, the level that stands for both 1/M and 0.
+
+    Raises:
+        UserError: `finest` is not a power of two.
+    """
+    if finest < 1 or finest & (finest - 1):
+        raise UserError(f"the finest number of steps M must be a power of two, not {finest}")
+    return finest.bit_length() - 1
+
+
+class Model(nn.Module):
+    """A network that is asked only what its spec allows: `model(x, t, d, cond) -> u`.
+
+    Args:
+        net: the network; an `nn.Module`.
+        spec: what it was trained on.
+    """
+
+    def __init__(self, net: nn.Module, spec: ModelSpec) -> None:
+        super().__init__()
+        self.net = net
+        self.spec = spec
+
+    @property
+    def null_label(self) -> int | None:
+        """The class id that stands for no condition; None for an unconditional model."""
+        return self.spec.null_label
+
+    def forward(self, x: Tensor, t: Tensor, d: Tensor, cond: Tensor | None = None) -> Tensor:
+        """U (B, *shape) at x (B, *shape), t (B,) for true steps d (B,), d as `spec.asked`."""
+        if self.spec.step_input == "zero":
+            d = torch.zeros_like(d)
+        else:
+            d = torch.where(d > 1 / self.spec.finest, d, 0.0)
+        u: Tensor = self.net(x, t, d, cond)
+        return u

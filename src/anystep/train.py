@@ -1,0 +1,330 @@
+"""The training loop, for every objective, on CPU and CUDA.
+
+A step's randomness follows from (seed, step) and nothing is carried between steps but weights,
+averages and optimizer moments. A run that is stopped and started again is therefore, on the CPU,
+bit for bit the run that was never stopped.
+"""
+
+import contextlib
+import copy
+import math
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from anystep import checkpoint, ema
+from anystep.config import TrainConfig, config_json, differences, pick_device
+from anystep.data import Order, Splits, mirror, seeded
+from anystep.errors import UserError
+from anystep.evaluate import Look
+from anystep.log import MetricsLog
+from anystep.networks import build_model
+from anystep.objectives import Batch, Models
+from anystep.spec import Model, ModelSpec
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+INTERRUPTED = 130  # exit code of a run stopped by Ctrl-C and saved
+
+
+@dataclass
+class State:
+    """Everything a checkpoint holds.
+
+    Attributes:
+        model: the network being trained, and its spec.
+        average: the EMA of its weights that is sampled with.
+        target: the EMA that makes targets, when the objective wants one.
+        optimizer: AdamW.
+        step: steps done.
+    """
+
+    model: Model
+    average: nn.Module
+    target: nn.Module | None
+    optimizer: torch.optim.AdamW
+    step: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Named tensors of everything but `average`, which is the checkpoint's model."""
+        tensors = {f"net.{k}": v for k, v in self.model.net.state_dict().items()}
+        if self.target is not None:
+            tensors |= {f"target.{k}": v for k, v in self.target.state_dict().items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{k}": v for k, v in moments.items()}
+        return tensors
+
+    def restore(self, folder: Path) -> None:
+        """Take everything from a checkpoint."""
+        path = folder / checkpoint.TRAINING
+        parts: dict[str, dict[str, Tensor]] = {"net": {}, "target": {}, "optimizer": {}}
+        for name, value in checkpoint.read_tensors(path).items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = value
+        checkpoint.load_weights(self.model.net, parts["net"], path)
+        if self.target is not None:
+            checkpoint.load_weights(self.target, parts["target"], path)
+        weights = folder / checkpoint.WEIGHTS
+        checkpoint.load_weights(self.average, checkpoint.read_tensors(weights), weights)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in parts["optimizer"].items():
+            index, _, key = name.partition(".")
+            moments.setdefault(int(index), {})[key] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.step = int(checkpoint.read_info(folder)["training"]["step"])
+
+
+def train(config: TrainConfig, *, bar: bool = True) -> bool:
+    """Train, or go on training, the run at `config.out`.
+
+    Args:
+        config: the run.
+        bar: show a progress bar.
+
+    Returns:
+        True when the run is complete, False when it was interrupted and saved.
+
+    Raises:
+        UserError: bad data or config, a config that differs from the run's, or a loss that is
+            not finite; the message says what to do and the last checkpoint is intact.
+    """
+    device = pick_device(config.device)
+    splits = config.data.load()
+    state = initial_state(config, splits, device)
+    open_run(config)
+    found = checkpoint.checkpoints(config.out)
+    if found:
+        state.restore(found[-1])
+    if state.step >= config.steps:
+        return True
+
+    order = Order(len(splits.train), config.batch, config.seed)
+    look = Look(config.log, splits, config.out, device)
+    history: list[dict[str, Tensor]] = []
+    with (
+        interruptible() as stop,
+        MetricsLog(config.out / METRICS, state.step, config.log.tensorboard) as log,
+        progress_bar(config, state.step, bar) as progress,
+    ):
+        clock = time.perf_counter()
+        while state.step < config.steps and not stop:
+            generator = seeded(config.seed, state.step, device=device)
+            batch = load_batch(config, splits, order(state.step), generator, device)
+            history.append(training_step(state, batch, config, generator))
+            state.step += 1
+            progress.update()
+
+            done = state.step == config.steps or bool(stop)
+            look_now = look.due(state.step)
+            if (
+                done
+                or look_now
+                or any(state.step % n == 0 for n in (config.log.every, config.log.save_every))
+            ):
+                metrics = summarise(history, state.step, config)
+                seconds, clock = time.perf_counter() - clock, time.perf_counter()
+                metrics["examples_per_second"] = len(history) * config.batch / seconds
+                log.write(state.step, metrics)
+                progress.set_postfix_str(short(metrics), refresh=False)
+                history.clear()
+            if look_now:
+                log.write(state.step, look(Model(state.average, state.model.spec), state.step))
+                clock = time.perf_counter()
+            if done or state.step % config.log.save_every == 0:
+                save(state, config)
+    return state.step >= config.steps
+
+
+def initial_state(config: TrainConfig, splits: Splits, device: torch.device) -> State:
+    """The state before the first step; the initial weights follow from the seed."""
+    data = splits.train
+    base = ModelSpec(
+        shape=data.shape,
+        num_classes=data.num_classes,
+        data="[-1, 1]" if len(data.shape) == 3 else "raw",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = build_model(config.network, config.objective.spec(base)).to(device)
+
+    def frozen_copy() -> nn.Module:
+        return copy.deepcopy(model.net).requires_grad_(False)
+
+    options = config.optimizer
+    optimizer = torch.optim.AdamW(
+        model.net.parameters(), options.lr, options.betas, weight_decay=options.weight_decay
+    )
+    target = None if config.objective.target_ema is None else frozen_copy()
+    return State(model, frozen_copy(), target, optimizer)
+
+
+def open_run(config: TrainConfig) -> None:
+    """Make the run's folder, or check that the one there is of the same config.
+
+    Raises:
+        UserError: it is another run's; the differing fields are named.
+    """
+    path, new = config.out / CONFIG, config_json(config)
+    if path.exists():
+        changed = differences(checkpoint.read_json(path), new)
+        if changed:
+            raise UserError(
+                f"{config.out} is a run of another config ({'; '.join(changed)}): "
+                f"choose another --out, or remove it to start again"
+            )
+    config.out.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(path, new)
+
+
+def load_batch(
+    config: TrainConfig,
+    splits: Splits,
+    rows: Tensor,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Batch:
+    """The examples `rows` on the device, mirrored at random if the config says so."""
+    x1, cond = splits.train.batch(rows)
+    x1 = x1.to(device, non_blocking=True)
+    cond = None if cond is None else cond.to(device, non_blocking=True)
+    return Batch(mirror(x1, generator) if config.flip else x1, cond)
+
+
+def training_step(
+    state: State, batch: Batch, config: TrainConfig, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """One update of weights and averages; returns scalars, still on the device."""
+    net, optimizer = state.model.net, state.optimizer
+    for group in optimizer.param_groups:
+        group["lr"] = config.optimizer.rate(state.step, config.steps)
+    parts = []
+    for part in split_batch(batch, config.accumulate):
+        with autocast(config, batch.x1.device):
+            loss = config.objective(
+                Models(net, state.target), part, state.step / config.steps, generator
+            )
+        total = loss.per_example.sum() / len(batch.x1)
+        total.backward()  # type: ignore[no-untyped-call]
+        parts.append(loss.metrics | {"loss": loss.per_example.detach().mean()})
+    bound = config.optimizer.clip or math.inf
+    norm = nn.utils.clip_grad_norm_(net.parameters(), bound)
+    optimizer.step()
+    optimizer.zero_grad()
+    ema.update(state.average, net, ema.warmed_up(config.ema, state.step))
+    if state.target is not None:
+        decay = config.objective.target_ema
+        assert decay is not None
+        ema.update(state.target, net, ema.warmed_up(decay, state.step))
+    return mean_of(parts) | {"grad_norm": norm.detach()}
+
+
+def split_batch(batch: Batch, parts: int) -> list[Batch]:
+    """The batch cut into `parts` of nearly equal size."""
+    columns = [
+        [None] * parts if column is None else column.tensor_split(parts) for column in batch
+    ]
+    return [Batch(*row) for row in zip(*columns, strict=True)]
+
+
+def mean_of(metrics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each metric over a list of steps; NaN, "no example", does not count."""
+    names = metrics[0]
+    return {k: torch.stack([m[k].float() for m in metrics]).nanmean() for k in names}
+
+
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """bfloat16 autocast where the config asks for it, by default on CUDA."""
+    wanted = config.precision == "bfloat16"
+    wanted |= config.precision == "auto" and device.type == "cuda"
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+
+
+def summarise(
+    history: list[dict[str, Tensor]], step: int, config: TrainConfig
+) -> dict[str, float]:
+    """Means over the steps since the last line, in one transfer from the device.
+
+    Raises:
+        UserError: a loss or gradient was not finite; nothing has been saved since.
+    """
+    names = list(history[0])
+    table = torch.stack([torch.stack([m[k].float() for k in names]) for m in history]).cpu()
+    always = torch.stack([table[:, names.index(k)] for k in ("loss", "grad_norm")], 1)
+    bad = (~always.isfinite()).any(1).nonzero()
+    if len(bad):
+        first = int(bad[0])
+        row = dict(zip(names, table[first].tolist(), strict=True))
+        levels = [k for k, v in row.items() if k.startswith("loss/") and math.isinf(v)]
+        found = checkpoint.checkpoints(config.out)
+        kept = f"the last good checkpoint is {found[-1]}" if found else "nothing was saved yet"
+        raise UserError(
+            f"the loss is not finite at step {step - len(history) + first + 1} "
+            f"(loss {row['loss']:g}, {', '.join(levels) or 'gradient'}; gradient norm "
+            f"{row['grad_norm']:g}): {kept}; lower --optimizer.lr or look at the data"
+        )
+    means = dict(zip(names, table.nanmean(0).tolist(), strict=True))
+    means = {k: v for k, v in means.items() if not math.isnan(v)}
+    return means | {"lr": config.optimizer.rate(step - 1, config.steps)}
+
+
+def save(state: State, config: TrainConfig) -> Path:
+    """Write a checkpoint."""
+    info = checkpoint.model_info(
+        config.network,
+        state.model.spec,
+        {"step": state.step, "config": config_json(config)},
+    )
+    return checkpoint.save_checkpoint(
+        config.out, state.step, state.average, info, state.tensors(), config.log.keep
+    )
+
+
+def short(metrics: Mapping[str, float]) -> str:
+    """The losses, as they stand at the end of the progress bar."""
+    parts = {k.removeprefix("loss/"): v for k, v in metrics.items() if k.startswith("loss")}
+    return " ".join(f"{k} {v:.3g}" for k, v in parts.items())
+
+
+def progress_bar(config: TrainConfig, done: int, shown: bool) -> Any:
+    """A bar with rate and time left."""
+    return tqdm(
+        total=config.steps,
+        initial=done,
+        unit="step",
+        desc=config.out.name,
+        disable=not shown,
+        mininterval=1.0,
+        dynamic_ncols=True,
+    )
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list, so that the step in hand is finished and saved.
+
+    A second signal has its usual effect.
+    """
+    received: list[int] = []
+    usual: dict[int, Any] = {}
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, usual[number])
+
+    with contextlib.suppress(ValueError):  # signals belong to the main thread alone
+        for wanted in (signal.SIGINT, signal.SIGTERM):
+            usual[wanted] = signal.signal(wanted, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
