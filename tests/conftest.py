@@ -37,7 +37,9 @@ def small_net(kind: str, num_classes: int = 4, seed: int = 0):
     """A small network no layer of which is zero, and the shape of its samples."""
     config, shape = SMALL[kind]
     generator = torch.Generator().manual_seed(seed)
-    net = config.build(shape, num_classes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = config.build(shape, num_classes)
     for parameter in net.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     return net, shape

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -143,7 +143,7 @@ def options(config: Any, prefix: str = "--") -> list[str]:
 
 
 def run_train(args: Sequence[str]) -> int:
-    """Usage: anystep train PRESET [--method METHOD] [--dry-run] [--field value ...]
+    """Usage: anystep train PRESET [--method METHOD] [--dry-run] [--field value ...].
 
     PRESET is a dataset (below) or the config.json of a run. Every field of the config can be
     set, as in --steps 500 or --objective.target-ema 0.99; `anystep train PRESET --help` lists
@@ -319,10 +319,20 @@ commands (anystep COMMAND --help says more):
 """
 
 
+@contextlib.contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Show each warning as one line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: print(
+            f"warning: {message}", file=sys.stderr
+        )
+        yield
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code, 2 after a user's mistake."""
     args = list(sys.argv[1:] if argv is None else argv)
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     if not args or args[0] in ("-h", "--help"):
         print(HELP, end="")
         return 0 if args else 2
@@ -332,7 +342,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args[0] not in COMMANDS:
             raise UserError(unknown("command", args[0], COMMANDS))
-        return COMMANDS[args[0]](args[1:])
+        with one_line_warnings():
+            return COMMANDS[args[0]](args[1:])
     except UserError as error:
         print(f"anystep: {error}", file=sys.stderr)
         return 2

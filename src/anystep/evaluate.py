@@ -40,7 +40,7 @@ REAL = "real data"
 
 COLUMNS = {
     "frechet": "Fréchet",
-    "kernel": "KID ×1000",
+    "kernel": "KID x 1000",
     "precision": "precision",
     "recall": "recall",
     "accuracy": "class accuracy",

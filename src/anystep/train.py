@@ -214,7 +214,7 @@ def training_step(
             )
         total = loss.per_example.sum() / len(batch.x1)
         total.backward()  # type: ignore[no-untyped-call]
-        parts.append(loss.metrics | {"loss": loss.per_example.detach().mean()})
+        parts.append({"loss": loss.per_example.detach().mean()} | loss.metrics)
     bound = config.optimizer.clip or math.inf
     norm = nn.utils.clip_grad_norm_(net.parameters(), bound)
     optimizer.step()

@@ -294,7 +294,7 @@ class TorchScriptFeatures:
         what = f"{self.path}: the program, given {images.dtype} images {tuple(images.shape)},"
         try:
             features = self._program(images, **self._options)
-        except RuntimeError as error:
+        except (RuntimeError, torch.jit.Error) as error:
             raise UserError(f"{what} fails: {str(error).strip().splitlines()[-1]}") from None
         if not isinstance(features, Tensor) or features.shape[:-1] != x1.shape[:1]:
             raise UserError(f"{what} does not return one vector of features each")

@@ -45,5 +45,5 @@ def _wasserstein_squared(a: Tensor, b: Tensor) -> Tensor:
     # In units of 1 / (N M), the quantile functions step at multiples of M and of N.
     steps = torch.unique(torch.cat([torch.arange(n + 1) * m, torch.arange(m) * n])).to(a.device)
     start, weight = steps[:-1], steps.diff().double().div(n * m)
-    gap = a.sort(0).values[start // m] - b.sort(0).values[start // n]
-    return (weight[:, None] * gap.square()).sum(0)
+    gap: Tensor = a.sort(0).values[start // m] - b.sort(0).values[start // n]
+    return gap.square().T.mv(weight)

@@ -15,6 +15,7 @@ docs/method.md; `Shortcut.paper()` and `Shortcut.authors()` are their constants.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import ClassVar, Literal
 
 import torch
@@ -218,7 +219,7 @@ class Shortcut(Objective):
         u = models.net(x_t, t, torch.cat([d, torch.zeros_like(flow_t)]), cond)
         per_example = squared_error(u, target)
         group = torch.cat([level, torch.full((len(flow_t),), finest, device=level.device)])
-        names = [f"loss/d=1/{2**j}" for j in range(finest)] + ["loss/flow"]
+        names = [f"loss/d={Fraction(1, 2**j)}" for j in range(finest)] + ["loss/flow"]
         return Loss(per_example, group_means(per_example, group, names))
 
     def bootstrap_target(
