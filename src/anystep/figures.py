@@ -46,7 +46,8 @@ def image_grid(rows: Sequence[Tensor], labels: Sequence[str] = ()) -> Image.Imag
 
 def near_square(x: Tensor) -> list[Tensor]:
     """Samples (K, ...) cut into rows of about sqrt(K)."""
-    return list(x.split(math.ceil(math.sqrt(len(x)))))
+    side = math.ceil(math.sqrt(len(x)))
+    return [x[i : i + side] for i in range(0, len(x), side)]
 
 
 def save_rows(path: Path, rows: Sequence[Tensor], labels: Sequence[str] = ()) -> None:

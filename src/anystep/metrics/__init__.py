@@ -6,14 +6,9 @@ accuracy of 1, copies of the training images score a Fréchet distance of 0. So 
 be read together, next to what the training data themselves score against the held-out data.
 """
 
+from anystep.metrics.classifier import Classifier, train_classifier
 from anystep.metrics.conditional import class_accuracy, variance_ratio, within_class_variance
-from anystep.metrics.features import (
-    Classifier,
-    Features,
-    PixelFeatures,
-    TorchScriptFeatures,
-    train_classifier,
-)
+from anystep.metrics.features import Features, PixelFeatures, TorchScriptFeatures
 from anystep.metrics.frechet import frechet_distance, frechet_from_moments
 from anystep.metrics.kernel import kernel_distance
 from anystep.metrics.memorisation import Memorisation, memorisation
