@@ -114,7 +114,7 @@ def report(results: list[dict], judge: Judge, out: Path) -> None:
         *lines,
         "",
         "Mean ± standard deviation over seeds; 2,048 samples a row, uniformly random classes,",
-        f"against {len(judge.train)} training images; features: {judge.features.name}, accuracy",
+        f"against {judge.size} training images; features: {judge.features.name}, accuracy",
         f"{judge.classifier.accuracy:.4f} on {len(judge.splits.held_out)} held-out images. The",
         "held-out Fréchet distance is high because it is made of few images.",
         "",

@@ -6,6 +6,7 @@ TorchScript program the user names, or, without labels, of the pixels' principal
 training data is its floor.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -36,6 +37,7 @@ from anystep.sampling import draw, may_guide, sample
 from anystep.spec import Model
 
 REFERENCE = 10_000  # at most so many real examples; kernel and recall cost their square
+PIXELS = 2**28  # and at most so many numbers of them at once where pixels are compared
 REAL = "real data"
 
 COLUMNS = {
@@ -90,13 +92,16 @@ class Judge:
         self, splits: Splits, features: Features | None = None, cache: Path | None = None
     ) -> None:
         self.splits = splits
-        self.train = splits.train.rows(torch.arange(len(splits.train))[:REFERENCE])
-        self.x, self.labels = self.train.batch(slice(None))
+        self.size = min(len(splits.train), REFERENCE)
+        self.pixels = slice(0, min(self.size, max(PIXELS // math.prod(splits.train.shape), 2)))
+        self.x, self.labels = splits.train.batch(self.pixels)
         self.classifier: Classifier | None = None
         if splits.train.num_classes > 1:
             self.classifier = train_classifier(splits, cache=cache or cache_folder())
         self.features = features or self.classifier or default_features(self.x)
-        self.real = self.features(self.x)
+        self.real = torch.cat(
+            [self.features(splits.train.batch(r)[0]) for r in torch.arange(self.size).split(512)]
+        )
 
     def frechet(self, x: Tensor) -> float:
         """Fréchet distance of samples to the training data."""
@@ -116,7 +121,7 @@ class Judge:
             scores["accuracy"] = class_accuracy(self.classifier.predict(x), cond)
             scores["variance"] = variance_ratio(x, cond, self.x, self.labels)
         if len(self.splits.held_out):
-            held_out, _ = self.splits.held_out.batch(slice(0, REFERENCE))
+            held_out, _ = self.splits.held_out.batch(self.pixels)
             scores["memorisation"] = memorisation(x, self.x, held_out).ratio
         if x.ndim == 2:
             scores["sliced"] = sliced_wasserstein(x, self.x, generator=seeded(0, 0))
@@ -127,7 +132,7 @@ class Judge:
         held_out: Dataset = self.splits.held_out
         if len(held_out) < 5:
             return None
-        x, labels = held_out.batch(slice(0, REFERENCE))
+        x, labels = held_out.batch(self.pixels)
         return Row(REAL, 0, 1.0, self.scores(x, labels))
 
 
@@ -263,7 +268,7 @@ def write_report(
         rows += evaluate(name, model, judge, steps=steps, n=n, seed=seed)
     gaps = {name: semigroup_gap(model) for name, model in models.items()}
     notes = [
-        f"{n} samples (seed {seed}) against {len(judge.train)} training examples; "
+        f"{n} samples (seed {seed}) against {judge.size} training examples; "
         f"{REAL}: {len(judge.splits.held_out)} held-out examples.",
         f"Features: {judge.features.name}.",
     ]
