@@ -100,7 +100,10 @@ class Judge:
             self.classifier = train_classifier(splits, cache=cache or cache_folder())
         self.features = features or self.classifier or default_features(self.x)
         self.real = torch.cat(
-            [self.features(splits.train.batch(r)[0]) for r in torch.arange(self.size).split(512)]
+            [
+                self.features(splits.train.batch(r)[0])
+                for r in torch.split(torch.arange(self.size), 512)
+            ]
         )
 
     def frechet(self, x: Tensor) -> float:
