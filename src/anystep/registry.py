@@ -80,7 +80,7 @@ def from_json(cls: Any, data: Mapping[str, Any]) -> Any:
     """
     kind, data = cls, dict(data)
     if hasattr(cls, "PACKAGE"):
-        kind = find(cls.PACKAGE, data.pop(NAME))
+        kind = find(cls.PACKAGE, str(data.pop(NAME, "")))
     hints = typing.get_type_hints(kind)
     fields = {f.name for f in dataclasses.fields(kind)}
     for key in data:

@@ -115,8 +115,8 @@ def train(config: TrainConfig, *, bar: bool = True) -> bool:
         MetricsLog(config.out / METRICS, state.step, config.log.tensorboard) as log,
         progress_bar(config, state.step, bar) as progress,
     ):
-        clock = time.perf_counter()
-        while state.step < config.steps and not stop:
+        clock, done = time.perf_counter(), False
+        while not done:
             generator = seeded(config.seed, state.step, device=device)
             batch = load_batch(config, splits, order(state.step), generator, device)
             history.append(training_step(state, batch, config, generator))
@@ -136,11 +136,11 @@ def train(config: TrainConfig, *, bar: bool = True) -> bool:
                 log.write(state.step, metrics)
                 progress.set_postfix_str(short(metrics), refresh=False)
                 history.clear()
+            if done or state.step % config.log.save_every == 0:
+                save(state, config)
             if look_now:
                 log.write(state.step, look(Model(state.average, state.model.spec), state.step))
                 clock = time.perf_counter()
-            if done or state.step % config.log.save_every == 0:
-                save(state, config)
     return state.step >= config.steps
 
 
