@@ -8,8 +8,7 @@ from anystep.networks import NetworkConfig
 from anystep.networks.dit import DiTConfig
 from anystep.networks.mlp import MLPConfig
 
-FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "official_small.npz"
-LOCAL = Path(__file__).parent / "fixtures" / "official_small.npz"
+FIXTURES = Path(__file__).parent / "fixtures" / "official_small.npz"
 
 
 @pytest.fixture
@@ -20,7 +19,7 @@ def generator():
 @pytest.fixture(scope="session")
 def official():
     """Numbers of the authors' own code, channels-first where they are images."""
-    with np.load(LOCAL) as arrays:
+    with np.load(FIXTURES) as arrays:
         return {
             name: torch.from_numpy(a).movedim(-1, 1) if a.ndim == 4 and "/" not in name else a
             for name, a in arrays.items()

@@ -109,7 +109,11 @@ def test_a_crash_at_any_instant_leaves_the_last_good_checkpoint(tmp_path, monkey
 def test_leftovers_of_a_crash_are_no_checkpoints(tmp_path):
     save(tmp_path, 10)
     (tmp_path / "checkpoints" / ".step-00000020.new").mkdir()
+    (tmp_path / "checkpoints" / "step-00000010-my-copy").mkdir()
     assert [c.name for c in checkpoint.checkpoints(tmp_path)] == ["step-00000010"]
+    checkpoint.sweep(tmp_path)
+    left = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert left == ["step-00000010", "step-00000010-my-copy"]
 
 
 @pytest.mark.parametrize("name", [checkpoint.WEIGHTS, checkpoint.MODEL])

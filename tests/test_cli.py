@@ -20,6 +20,9 @@ SMALL = [
 ]
 
 
+LIGHT = ("--steps", "1", "--out", "never-made")
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -124,6 +127,25 @@ class TestTypos:
         refused(run("train", "folder"), "--data.path")
         refused(run("train", "--steps", "5"), "name a preset")
         refused(run("train", "digits", "extra"), "unexpected argument 'extra'")
+        refused(run("train", "digits", "--method"), "--method needs a value")
+        refused(run("train", "folder", "--data.path", ""), "empty value")
+        for option, value in (
+            ("--seed", "-1"),
+            ("--network.patch", "0"),
+            ("--network.heads", "0"),
+            ("--optimizer.lr", "nan"),
+            ("--optimizer.clip", "0"),
+            ("--optimizer.betas", "2 2"),
+            ("--ema", "2"),
+            ("--objective.target-ema", "1.5"),
+            ("--device", "meta"),
+            ("--objective.label-dropout", "5"),
+            ("--objective.clip", "-1"),
+            ("--log.look-steps", "0"),
+            ("--data.held-out", "1"),
+        ):
+            refused(run("train", "digits", option, *value.split(), *LIGHT))
+        refused(run("sample", "x", "--seed", "1.5"), "--seed")
         refused(run("train", "digits", "--device", "cuda:7"), "CUDA") if (
             not torch.cuda.is_available()
         ) else None
@@ -152,6 +174,18 @@ class TestTrain:
         (tmp_path / "config.json").write_text(first)
         _, again, _ = run("train", tmp_path / "config.json", "--dry-run")
         assert json.loads(again) == json.loads(first)
+        config = tmp_path / "config.json"
+        refused(run("train", config, "--method", "shortcut"), "names its method itself")
+        for text, message in (
+            ("[1]", "must be a JSON object"),
+            (first.replace('"cosine"', '"cosin"'), "'cosin' is not"),
+            (first.replace('"steps": 2200', '"steps": 1.5'), "1.5 is not int"),
+            (first.replace('"name": "digits"', '"name": "digit"'), "did you mean 'digits'"),
+            (first[:100], "damaged"),
+        ):
+            assert text != first
+            config.write_text(text)
+            refused(run("train", config, "--dry-run"), message)
 
     def test_train_sample_eval_info(self, run, tmp_path):
         out = tmp_path / "run"
@@ -215,10 +249,12 @@ class TestBadData:
             "--out",
             tmp_path / "run",
         ]
-        refused(run(*args), "2 of 27 images", "cut.jpg", "text.png", "--data.on-error skip")
+        refused(
+            run(*args), "3 of 27 images", "cut.jpg", "dot.png", "text.png", "--data.on-error skip"
+        )
         assert not (tmp_path / "run").exists()
         code, _, err = run(*args, "--data.on-error", "skip")
-        assert code == 0 and "skipped" in err and "2 of 27" in err
+        assert code == 0 and "skipped" in err and "3 of 27" in err
         assert (data / "cat" / "0.png").read_bytes() == whole
 
     def test_a_patch_that_does_not_divide(self, run, tmp_path):
@@ -257,6 +293,60 @@ class TestBadRequests:
         file.write_bytes(file.read_bytes()[:1000])
         refused(run(*args, "--steps", "4"), "is damaged", "go on from step-00000002")
         assert len(checkpoint.checkpoints(tmp_path / "run")) == 2
+
+    def test_outputs_that_cannot_be_written_cost_nothing(self, run, model, tmp_path):
+        folder = model()
+        (tmp_path / "file").touch()
+        (tmp_path / "dir.npz").mkdir()
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "mine.png").touch()
+        refused(run("sample", folder, "--out", tmp_path / "file" / "s.npz"), "cannot write")
+        refused(run("sample", folder, "--out", tmp_path / "dir.npz"), "is a folder")
+        refused(run("sample", folder, "--out", tmp_path / "full"), "not empty")
+        refused(run("train", "digits", *SMALL, "--steps", "1", "--out", tmp_path / "file"), "file")
+        refused(
+            run("train", "digits", *SMALL, "--steps", "1", "--out", tmp_path / "file" / "x"),
+            "Not a directory",
+        )
+
+    def test_broken_weights_are_reported(self, run, model, tmp_path):
+        folder = model()
+        loaded = checkpoint.load_model(folder)
+        loaded.net.output.bias.data.fill_(float("nan"))
+        checkpoint.save_model(folder, loaded.net, checkpoint.read_info(folder))
+        refused(run("sample", folder, "--out", tmp_path / "s.npz"), "NaN")
+
+    def test_other_data_under_the_same_name(self, run, tmp_path):
+        rng = np.random.default_rng(0)
+        np.save(tmp_path / "v.npy", rng.normal(size=(50, 3)))
+        args = [
+            "train",
+            "vectors",
+            "--data.path",
+            tmp_path / "v.npy",
+            "--batch",
+            "8",
+            "--device",
+            "cpu",
+            "--network.width",
+            "8",
+            "--network.depth",
+            "1",
+            "--log.save-every",
+            "1",
+            "--out",
+            tmp_path / "run",
+            "--steps",
+            "2",
+        ]
+        assert run(*args)[0] == 0
+        np.save(tmp_path / "moved.npy", np.load(tmp_path / "v.npy"))
+        np.save(tmp_path / "v.npy", rng.normal(size=(40, 3)))
+        refused(run(*args), "the data have changed")
+        code, out, err = run("eval", tmp_path / "run", "--steps", "1", "--n", "40")
+        assert code == 0 and "the data have changed" in err and "sliced W2" in out
+        again = ["eval", tmp_path / "run", "--steps", "1", "--n", "40"]
+        assert "have changed" not in run(*again, "--data", tmp_path / "moved.npy")[2]
 
     def test_guidance_where_it_was_not_trained_is_a_warning(self, run, model, tmp_path):
         args = ["sample", model(), "--n", "3", "--guidance", "2", "--out", tmp_path / "s.npz"]

@@ -277,9 +277,21 @@ def test_exif_orientation_swaps_the_sides_before_the_crop(tmp_path):
     assert solid(image[:, 4:8]) == RED and solid(image[:, :4]) == WHITE
 
 
-def test_one_pixel_is_an_image_of_one_colour(tmp_path):
+def test_one_pixel_has_nothing_to_show(tmp_path):
     save(tmp_path / "a.png", (9, 99, 199), size=(1, 1))
-    assert solid(only(tmp_path, size=(32, 16))) == (9, 99, 199)
+    assert "1 of 1 images cannot be read: 'a.png'" in complaint(Folder(tmp_path).load)
+    save(tmp_path / "b.png", (9, 99, 199), size=(2, 2))
+    with pytest.warns(UserWarning, match="'a.png'"):
+        train, _ = Folder(tmp_path, on_error="skip", held_out=0).load()
+    assert solid(train.x[0]) == (9, 99, 199)
+
+
+def test_a_class_without_a_readable_image_is_named(tmp_path):
+    save(tmp_path / "dog" / "a.png", RED)
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.png").write_text("no image")
+    with pytest.warns(UserWarning, match="1 of 2"):
+        assert "no image of class 'cat'" in complaint(Folder(tmp_path, on_error="skip").load)
 
 
 def test_an_animation_gives_its_first_frame(tmp_path):
@@ -614,9 +626,37 @@ def test_floats_are_kept_as_they_are_in_float32(tmp_path, dtype):
 
 
 def test_keys_can_be_named(tmp_path):
-    file = store(tmp_path, data=IMAGES, y=np.full(20, 2))
+    file = store(tmp_path, data=IMAGES, y=np.arange(20) % 3)
     train, _ = Arrays(file, x_key="data", labels_key="y").load()
-    assert train.labels.unique().tolist() == [2] and train.num_classes == 3
+    assert train.labels.unique().tolist() == [0, 1, 2] and train.num_classes == 3
+
+
+def test_labels_with_gaps_are_refused(tmp_path):
+    file = store(tmp_path, x=IMAGES, labels=np.arange(20) % 3 + 1)
+    assert "no example has label 0, though the largest is 3" in complaint(Arrays(file).load)
+
+
+def test_scale_is_bounded_only_for_images_within_one(tmp_path):
+    def scale(x):
+        return Arrays(store(tmp_path, x=x), held_out=0).load().train.scale
+
+    latents = np.random.default_rng(0).normal(size=(20, 4, 8, 8)).astype(np.float32)
+    assert scale(latents) == "raw" and scale(latents / 10) == "[-1, 1]"
+    assert scale(IMAGES) == "[-1, 1]" and scale(latents[:, 0, 0] / 10) == "raw"
+
+
+def test_digest_sees_every_change():
+    x, labels = torch.zeros(4, 2), torch.tensor([0, 1, 0, 1])
+    base = Dataset(x, labels, ("a", "b"))
+    others = [
+        Dataset(x + 1, labels, ("a", "b")),
+        Dataset(x, 1 - labels, ("a", "b")),
+        Dataset(x, labels, ("a", "b", "c")),
+        Dataset(x.view(4, 2, 1), labels, ("a", "b")),
+        Dataset(x),
+    ]
+    assert base.digest() == Dataset(x.clone(), labels.clone(), ("a", "b")).digest()
+    assert len({d.digest() for d in [base, *others]}) == 6
 
 
 def test_an_unknown_key_names_the_nearest(tmp_path):

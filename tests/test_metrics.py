@@ -373,10 +373,11 @@ def test_cache_of_another_shape_is_trained_anew(few_steps, tmp_path):
     assert train_classifier(splits, cache=tmp_path).accuracy > 0.5
 
 
-def test_unusable_cache_folder_is_the_users_mistake(few_steps, tmp_path):
+def test_an_unusable_cache_folder_does_not_cost_the_classifier(few_steps, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cache folder"):
-        train_classifier(vectors(), cache=tmp_path / "file" / "folder")
+    with pytest.warns(UserWarning, match="was not cached"):
+        classifier = train_classifier(vectors(), cache=tmp_path / "file" / "folder")
+    assert classifier.accuracy > 0.5
 
 
 def test_a_full_disk_does_not_cost_the_classifier(few_steps, tmp_path, monkeypatch):

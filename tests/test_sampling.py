@@ -1,6 +1,7 @@
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -183,6 +184,10 @@ def test_noise_and_labels_follow_from_the_generator():
     assert la.bincount().min() > 150 and la.max() == 2
     assert made(1, label=2)[1].unique().tolist() == [2]
     assert torch.equal(made(1, label=2)[0], a)
+
+
+def test_integers_of_other_libraries_are_step_counts():
+    assert schedule(np.int64(3), SHORTCUT) == schedule(3, SHORTCUT)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 2.5, True, "4"])

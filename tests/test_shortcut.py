@@ -59,6 +59,8 @@ def test_guidance_reaches_the_asked_rows_only():
     assert target(guidance=2.0) == [-7, -5, -1]
     assert target(guidance=2.0, guided_rows=rows) == [-7, 2, -1]
     assert target(guidance=torch.tensor([2.0, 2.0, 1.0]), guided_rows=rows) == [-7, 2, 4]
+    assert target(guidance=torch.tensor(1.0)) == [1, 2, 4]
+    assert target(guidance=2.0, guided_rows=rows.numpy()) == [-7, 2, -1]
     assert target(guidance=2.0, clip_target=3) == [-3, -3, -1]
 
 
@@ -196,6 +198,8 @@ def test_spec_says_what_was_trained():
     assert (spec.finest, spec.levels, spec.null_levels) == (32, (0, 1, 2, 3, 4, 5), (5,))
     assert (spec.guidance, spec.guided_levels) == (1.5, (0, 1, 2, 3, 4))
     assert Shortcut(label_dropout=0).spec(base).null_levels == ()
+    with pytest.warns(UserWarning, match="level 2 ask the null label at level 3"):
+        Shortcut(guidance=1.5, guidance_level=2).spec(base)
     with pytest.raises(UserError, match="labels"):
         Shortcut(guidance=1.5).spec(replace(base, num_classes=0))
 
@@ -242,7 +246,14 @@ def test_every_field_changes_the_loss(field):
 
 
 def test_bad_fields():
-    for bad in ({"M": 100}, {"M": 1}, {"bootstrap_share": 1.0}, {"guidance_level": 7}):
+    for bad in (
+        {"M": 100},
+        {"M": 1},
+        {"bootstrap_share": 1.0},
+        {"guidance_level": 7},
+        {"clip": 0},
+        {"guidance": 2.0, "label_dropout": 0.0},
+    ):
         with pytest.raises(UserError):
             Shortcut(**bad)
     with pytest.raises(UserError, match="at least 2 rows"):

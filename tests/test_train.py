@@ -119,6 +119,13 @@ def test_a_finished_run_is_left_alone(tmp_path):
     assert (checkpoint.checkpoints(run.out)[-1] / checkpoint.TRAINING).stat().st_mtime_ns == before
 
 
+def test_data_that_cannot_be_judged_do_not_stop_the_run(tmp_path):
+    run = config(tmp_path / "run", data=Mixture(train=1, held_out=0))
+    run = replace(run, log=replace(run.log, look_every=10, look_samples=4))
+    with pytest.warns(UserWarning, match="no scores at step 10"):
+        assert training.train(run, bar=False)
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     run = config(tmp_path / "run")
     training.train(run, bar=False)

@@ -73,7 +73,12 @@ def read_info(folder: Path) -> dict[str, Any]:
         UserError: it is missing, damaged or of a newer format.
     """
     info = read_json(folder / MODEL)
-    if not isinstance(info, dict) or info.get("format") != FORMAT:
+    parts = ("network", "spec", "training")
+    if (
+        not isinstance(info, dict)
+        or info.get("format") != FORMAT
+        or not all(isinstance(info.get(part), dict) for part in parts)
+    ):
         raise UserError(f"{folder / MODEL} is not of a format this version of anystep reads")
     return info
 
@@ -113,7 +118,13 @@ def save_checkpoint(
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted((run / CHECKPOINTS).glob("step-*"))
+    return sorted((run / CHECKPOINTS).glob("step-" + 8 * "[0-9]"))
+
+
+def sweep(run: Path) -> None:
+    """Remove what an interrupted write or removal left behind."""
+    for leftover in (run / CHECKPOINTS).glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -73,6 +74,7 @@ class EvalArgs:
         seed: of noise and labels.
         features: a TorchScript program (it is run!) for features instead of the dataset's
             own classifier.
+        data: where the dataset's files are, if they have moved.
         device: auto, cpu or cuda.
     """
 
@@ -82,6 +84,7 @@ class EvalArgs:
     out: Path | None = None
     seed: int = 0
     features: Path | None = None
+    data: Path | None = None
     device: str = "auto"
 
 
@@ -98,6 +101,8 @@ class InfoArgs:
 
 def parse(cls: Any, args: Sequence[str], prog: str, default: Any = None) -> Any:
     """Parse dotted options; anything wrong is a one-line `UserError`."""
+    if "" in args or any(word.endswith("=") for word in args):
+        raise UserError("an option has an empty value (an unset shell variable?)")
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
@@ -156,13 +161,15 @@ def run_train(args: Sequence[str]) -> int:
     name = words.pop(0)
     if name.startswith("-"):
         raise UserError(f"name a preset first: anystep train {'|'.join(PRESETS)}")
-    method = take(words, "--method") or "shortcut"
+    method = take(words, "--method")
     dry = "--dry-run" in words
     words = [word for word in words if word != "--dry-run"]
     if name.endswith(".json"):
+        if method:
+            raise UserError(f"{name} names its method itself; leave --method out")
         start = from_json(TrainConfig, checkpoint.read_json(Path(name)))
     else:
-        start = preset(name, method)
+        start = preset(name, method or "shortcut")
     config = parse(TrainConfig, words, f"anystep train {name}", start)
     if dry:
         print(json.dumps(config_json(config), indent=2))
@@ -187,7 +194,9 @@ def train_help() -> str:
 def take(words: list[str], option: str) -> str | None:
     """Remove `option VALUE` or `option=VALUE` from `words` and return the value."""
     for k, word in enumerate(words):
-        if word == option and k + 1 < len(words):
+        if word == option:
+            if k + 1 == len(words):
+                raise UserError(f"{option} needs a value")
             return [words.pop(k), words.pop(k)][1]
         if word.startswith(f"{option}="):
             return words.pop(k).partition("=")[2]
@@ -206,7 +215,7 @@ def run_sample(args: Sequence[str]) -> int:
             if model.spec.num_classes
             else "this model is unconditional: it takes no --label"
         )
-    check_writable(request.out, len(model.spec.shape))
+    check_output(request.out, len(model.spec.shape))
     with tqdm(total=request.n, unit="sample", desc="sampling", delay=1) as bar:
         x, cond = generate(
             model,
@@ -219,21 +228,34 @@ def run_sample(args: Sequence[str]) -> int:
             batch=request.batch,
             bar=bar.update,
         )
+    if not x.isfinite().all():
+        raise UserError("the model made NaN or Inf: its weights are broken")
     write_samples(request.out, x, cond)
     print(request.out)
     return 0
 
 
-def check_writable(out: Path, rank: int) -> None:
+def check_folder(folder: Path) -> None:
+    """Make a folder and see that it can be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+
+
+def check_output(out: Path, rank: int) -> None:
     """Refuse an output that cannot be written before the work is done, not after."""
     if out.suffix not in ("", ".npz", ".png"):
         raise UserError(f"{out}: write to FILE.npz, FILE.png or a folder without a suffix")
     if not out.suffix and rank != 3:
         raise UserError(f"{out}: these samples are no images; write to FILE.npz or FILE.png")
-    try:
-        (out.parent if out.suffix else out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    if out.suffix and out.is_dir():
+        raise UserError(f"{out} is a folder; name a file")
+    check_folder(out.parent if out.suffix else out)
+    if not out.suffix and any(out.iterdir()):
+        raise UserError(f"{out} is not empty; name a new folder")
 
 
 def write_samples(out: Path, x: torch.Tensor, cond: torch.Tensor | None) -> None:
@@ -264,19 +286,20 @@ def run_eval(args: Sequence[str]) -> int:
     training = checkpoint.read_info(checkpoint.find_model(first))["training"]
     if "config" not in training:
         raise UserError(f"{first} does not say what data it was trained on")
-    splits = from_json(DataConfig, training["config"]["data"]).load()
+    moved = {} if request.data is None else {"path": str(request.data)}
+    out = request.out or first
+    check_folder(out)
+    splits = from_json(DataConfig, training["config"]["data"] | moved).load()
+    if splits.train.digest() != training["data"]:
+        warnings.warn(f"the data have changed since {first} was trained", stacklevel=1)
     for name, model in models.items():
         if model.spec.shape != splits.train.shape:
             raise UserError(f"{name} makes samples {model.spec.shape}, not {splits.train.shape}")
-    features = None
-    if request.features is not None:
-        features = TorchScriptFeatures(request.features)
+    features = request.features and TorchScriptFeatures(request.features, device=device)
     finest = max(model.spec.finest for model in models.values())
     steps = request.steps or tuple(2**k for k in range(finest.bit_length()))
-    out = request.out or first
-    files = write_report(
-        out, models, Judge(splits, features), steps=steps, n=request.n, seed=request.seed
-    )
+    judge = Judge(splits, features, device=device)
+    files = write_report(out, models, judge, steps=steps, n=request.n, seed=request.seed)
     print(files["table"].read_text())
     for what, path in files.items():
         print(f"{what}: {path}")
@@ -346,6 +369,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return COMMANDS[args[0]](args[1:])
     except UserError as error:
         print(f"anystep: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        named = f"{error.filename}: " if error.filename else ""
+        print(f"anystep: {named}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

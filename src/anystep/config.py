@@ -34,6 +34,16 @@ class OptimizerConfig:
     decay: Literal["none", "cosine"] = "none"
     clip: float | None = 1.0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"optimizer.lr must be positive, not {self.lr}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optimizer.betas must be in [0, 1), not {self.betas}")
+        if self.weight_decay < 0 or self.warmup < 0:
+            raise UserError("optimizer.weight_decay and optimizer.warmup must be at least 0")
+        if self.clip is not None and not self.clip > 0:
+            raise UserError(f"optimizer.clip must be positive or None, not {self.clip}")
+
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of step `step` of `steps`, counted from 0."""
         rate = self.lr * min(1.0, (step + 1) / (self.warmup + 1))
@@ -63,6 +73,14 @@ class LogConfig:
     look_steps: tuple[int, ...] = (1, 4, 32)
     look_samples: int = 512
     tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.save_every < 1 or self.keep < 1:
+            raise UserError("log.every, log.save_every and log.keep must be at least 1")
+        if self.look_every < 0 or self.look_samples < 4:
+            raise UserError("log.look_every must be at least 0 and log.look_samples at least 4")
+        if not self.look_steps or min(self.look_steps) < 1:
+            raise UserError(f"log.look_steps must be step counts from 1, not {self.look_steps}")
 
 
 @dataclass(frozen=True)
@@ -108,8 +126,10 @@ class TrainConfig:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.accumulate > self.batch:
             raise UserError(f"accumulate {self.accumulate} is more than batch {self.batch}")
-        if self.log.every < 1 or self.log.save_every < 1 or self.log.keep < 1:
-            raise UserError("log.every, log.save_every and log.keep must be at least 1")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"ema must be in [0, 1), not {self.ema}")
+        if self.seed < 0:
+            raise UserError(f"seed must be at least 0, not {self.seed}")
 
 
 # These may differ between a run and its continuation: they do not change the weights.
@@ -143,7 +163,9 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"unknown device {name!r}; use auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA device here; use --device cpu")
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"unknown device {name!r}; use auto, cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"there is no CUDA device {name!r} here; use --device cpu")
     return device

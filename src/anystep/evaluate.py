@@ -6,12 +6,13 @@ TorchScript program the user names, or, without labels, of the pixels' principal
 training data is its floor.
 """
 
+import contextlib
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from anystep import checkpoint, figures
 from anystep.config import LogConfig
 from anystep.data import Dataset, Splits, seeded
+from anystep.errors import UserError
 from anystep.metrics import (
     Classifier,
     Features,
@@ -86,10 +88,15 @@ class Judge:
         splits: the data; reference is the training split.
         features: None for the dataset's own (see the module's docstring).
         cache: folder for trained classifiers; the user's cache when None.
+        device: where a classifier runs.
     """
 
     def __init__(
-        self, splits: Splits, features: Features | None = None, cache: Path | None = None
+        self,
+        splits: Splits,
+        features: Features | None = None,
+        cache: Path | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.splits = splits
         self.size = min(len(splits.train), REFERENCE)
@@ -97,7 +104,9 @@ class Judge:
         self.x, self.labels = splits.train.batch(self.pixels)
         self.classifier: Classifier | None = None
         if splits.train.num_classes > 1:
-            self.classifier = train_classifier(splits, cache=cache or cache_folder())
+            self.classifier = train_classifier(
+                splits, cache=cache or cache_folder(), device=device
+            )
         self.features = features or self.classifier or default_features(self.x)
         self.real = torch.cat(
             [
@@ -111,23 +120,31 @@ class Judge:
         return frechet_distance(self.features(x), self.real)
 
     def scores(self, x: Tensor, cond: Tensor | None) -> dict[str, float]:
-        """All metrics of samples x (N, *shape) made for class ids cond (N,)."""
+        """All metrics of samples x (N, *shape) made for class ids cond (N,).
+
+        A metric for which there are too few examples, such as the variance within classes of one
+        example each, is left out.
+        """
         features = self.features(x)
-        fidelity = precision_recall(self.real, features)
-        scores = {
-            "frechet": frechet_distance(features, self.real),
-            "kernel": 1000 * kernel_distance(features, self.real),
-            "precision": fidelity.precision,
-            "recall": fidelity.recall,
-        }
+        scores: dict[str, float] = {}
+
+        def add(name: str, metric: Callable[[], float]) -> None:
+            with contextlib.suppress(UserError):
+                scores[name] = metric()
+
+        add("frechet", lambda: frechet_distance(features, self.real))
+        add("kernel", lambda: 1000 * kernel_distance(features, self.real))
+        with contextlib.suppress(UserError):
+            scores |= precision_recall(self.real, features)._asdict()
         if self.classifier is not None and cond is not None and self.labels is not None:
-            scores["accuracy"] = class_accuracy(self.classifier.predict(x), cond)
-            scores["variance"] = variance_ratio(x, cond, self.x, self.labels)
+            labels, predicted = self.labels, self.classifier.predict(x)
+            add("accuracy", lambda: class_accuracy(predicted, cond))
+            add("variance", lambda: variance_ratio(x, cond, self.x, labels))
         if len(self.splits.held_out):
             held_out, _ = self.splits.held_out.batch(self.pixels)
-            scores["memorisation"] = memorisation(x, self.x, held_out).ratio
+            add("memorisation", lambda: memorisation(x, self.x, held_out).ratio)
         if x.ndim == 2:
-            scores["sliced"] = sliced_wasserstein(x, self.x, generator=seeded(0, 0))
+            add("sliced", lambda: sliced_wasserstein(x, self.x, generator=seeded(0, 0)))
         return scores
 
     def floor(self) -> Row | None:
@@ -231,8 +248,10 @@ def evaluate(
 
 def semigroup_gap(model: Model, n: int = 512, seed: int = 0) -> float:
     """Mean of || X(x0, 0, 1) - X(X(x0, 0, 1/2), 1/2, 1/2) ||: one step against two."""
-    one, _ = generate(model, n, steps=1, seed=seed)
-    two, _ = generate(model, n, steps=2, seed=seed)
+    device = next(model.parameters()).device
+    x0, cond = draw(model.spec, n, seeded(seed, 0))
+    x0, cond = x0.to(device), None if cond is None else cond.to(device)
+    one, two = (sample(model, x0, steps=steps, cond=cond) for steps in (1, 2))
     return float((one - two).flatten(1).norm(dim=1).mean())
 
 
@@ -333,11 +352,11 @@ class Look:
         config: how often, at which step counts, how many samples.
         splits: the data.
         out: the run's folder; pictures go to `samples/` in it.
-        device: where the model is.
+        device: where a classifier runs.
     """
 
-    def __init__(self, config: LogConfig, splits: Splits, out: Path, device: Any) -> None:
-        self.config, self.splits, self.out = config, splits, out
+    def __init__(self, config: LogConfig, splits: Splits, out: Path, device: torch.device) -> None:
+        self.config, self.splits, self.out, self.device = config, splits, out, device
         self.judge: Judge | None = None
 
     def due(self, step: int) -> bool:
@@ -345,11 +364,19 @@ class Look:
         return self.config.look_every > 0 and step % self.config.look_every == 0
 
     def __call__(self, model: Model, step: int) -> dict[str, float]:
-        """Write the grid of this step; returns the Fréchet distance at each step count."""
-        self.judge = self.judge or Judge(self.splits)
+        """Write the grid of this step; returns the Fréchet distance at each step count.
+
+        Data that cannot be judged are warned of and do not stop the run.
+        """
         save_grid(self.out / "samples" / f"step-{step:08d}.png", model, self.config.look_steps)
-        scores = {}
-        for n in self.config.look_steps:
-            x, _ = generate(model, self.config.look_samples, steps=n)
-            scores[f"frechet/{n}"] = self.judge.frechet(x)
-        return scores
+        try:
+            self.judge = self.judge or Judge(self.splits, device=self.device)
+            return {f"frechet/{n}": self.frechet(model, n) for n in self.config.look_steps}
+        except UserError as error:
+            warnings.warn(f"no scores at step {step}: {error}", stacklevel=2)
+            return {}
+
+    def frechet(self, model: Model, steps: int) -> float:
+        """The Fréchet distance of samples at one step count."""
+        assert self.judge is not None
+        return self.judge.frechet(generate(model, self.config.look_samples, steps=steps)[0])

@@ -16,7 +16,8 @@ MARGIN = 2
 
 def to_picture(x: Tensor) -> Image.Image:
     """One sample (C, H, W) in [-1, 1] as a picture; of more than 3 channels the first three."""
-    pixels = ((x.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    x = x.detach().cpu().float().nan_to_num().clamp(-1, 1)
+    pixels = ((x + 1) * 127.5).round().to(torch.uint8)
     if len(pixels) in (1, 2):
         return Image.fromarray(pixels[0].numpy())
     return Image.fromarray(pixels[:3].permute(1, 2, 0).contiguous().numpy())

@@ -18,6 +18,12 @@ def null_condition(net: object, cond: Tensor | None) -> Tensor | None:
     return None if cond is None or null is None else torch.full_like(cond, null)
 
 
+def check_label_dropout(share: float) -> None:
+    """Raise `UserError` unless `share` is in [0, 1]."""
+    if not 0 <= share <= 1:
+        raise UserError(f"label_dropout must be in [0, 1], not {share}")
+
+
 def drop_condition(
     cond: Tensor | None, null_cond: Tensor | None, share: float, generator: torch.Generator
 ) -> Tensor | None:
@@ -56,12 +62,12 @@ def guided(
     """
     if cond is None or null_cond is None:
         raise UserError("guidance needs a class-conditional model that knows its null label")
-    if rows is None:
-        rows = torch.ones(len(x), dtype=torch.bool)
-    extra = [a[rows.to(a.device)] for a in (x, t, d, null_cond)]
-    u = net(*(torch.cat(pair) for pair in zip((x, t, d, cond), extra, strict=True)))
-    u, u_null = u[: len(x)].clone(), u[len(x) :]
+    # An index made where the mask is: from a mask on the CPU no device is waited for.
+    rows = torch.arange(len(x)) if rows is None else torch.as_tensor(rows).nonzero().squeeze(1)
+    rows = rows.to(x.device)
+    extra = [a.index_select(0, rows) for a in (x, t, d, null_cond)]
+    both = net(*(torch.cat(pair) for pair in zip((x, t, d, cond), extra, strict=True)))
+    u, u_null = both[: len(x)], both[len(x) :]
     w = torch.as_tensor(guidance, dtype=u.dtype, device=u.device).expand(len(x))
-    rows = rows.to(u.device)
-    u[rows] = torch.lerp(u_null, u[rows], expand_to(w[rows], u))
-    return u
+    w = expand_to(w.index_select(0, rows), u)
+    return u.index_copy(0, rows, torch.lerp(u_null, u.index_select(0, rows), w))

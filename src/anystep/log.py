@@ -18,7 +18,9 @@ class MetricsLog:
 
     def __init__(self, path: Path, step: int, tensorboard: bool = False) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(path)
         self.file = path.open("a")
         self.events: Any = None
         if tensorboard:

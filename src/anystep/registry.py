@@ -78,6 +78,8 @@ def from_json(cls: Any, data: Mapping[str, Any]) -> Any:
     Raises:
         UserError: a field is unknown (the nearest name is suggested) or missing.
     """
+    if not isinstance(data, Mapping):
+        raise UserError(f"{cls.__name__} must be a JSON object, not {data!r}")
     kind, data = cls, dict(data)
     if hasattr(cls, "PACKAGE"):
         kind = find(cls.PACKAGE, str(data.pop(NAME, "")))
@@ -88,20 +90,35 @@ def from_json(cls: Any, data: Mapping[str, Any]) -> Any:
             raise UserError(unknown(f"field of {kind.__name__}", key, fields))
     try:
         return kind(**{k: _value(hints[k], v) for k, v in data.items()})
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{kind.__name__}: {error}") from None
 
 
 def _value(hint: Any, value: Any) -> Any:
-    if value is None:
-        return None
+    """`value` as the annotation `hint` wants it; TypeError if it is something else."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if value is None:
+            return None
         (hint,) = (h for h in typing.get_args(hint) if h is not type(None))
-    if typing.get_origin(hint) is tuple:
-        return tuple(value)
-    if hint is Path:
-        return Path(value)
-    return from_json(hint, value) if dataclasses.is_dataclass(hint) else value
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        items = typing.get_args(hint)
+        items = items[:1] * len(value) if items[-1] is Ellipsis else items
+        return tuple(_value(h, v) for h, v in zip(items, value, strict=True))
+    if typing.get_origin(hint) is typing.Literal:
+        right = value in typing.get_args(hint)
+    elif hint is Path:
+        right, value = isinstance(value, str), Path(str(value))
+    elif dataclasses.is_dataclass(hint):
+        return from_json(hint, value)
+    elif hint is float:
+        right = isinstance(value, int | float) and not isinstance(value, bool)
+    else:
+        right = type(value) is hint
+    if not right:
+        raise TypeError(f"{value!r} is not {getattr(hint, '__name__', hint)}")
+    return value
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

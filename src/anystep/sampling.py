@@ -12,7 +12,7 @@ Source: Frans et al. (arXiv 2410.12557), algorithm 2, for powers of two.
 
 import warnings
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -40,9 +40,9 @@ def schedule(
     Raises:
         UserError: `steps` is not a whole number of at least 1.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if isinstance(steps, bool) or not isinstance(steps, SupportsIndex) or int(steps) < 1:
         raise UserError(f"steps must be a whole number of at least 1, not {steps!r}")
-    spec = spec or ModelSpec()
+    spec, steps = spec or ModelSpec(), int(steps)
     if spec.step_input == "zero" or steps > spec.finest:
         return [(i / steps, 1 / steps) for i in range(steps)]
     coarse = 2 ** (steps.bit_length() - 1)  # slots of size 1/coarse, some split in two
@@ -175,8 +175,9 @@ def explain(spec: ModelSpec, sizes: list[float], guidance: float, guide: list[bo
         if spec.null_levels
         else "the null label was never trained"
     )
+    remedy = f"{spec.finest} steps or more use it, " if spec.null_levels else ""
     warnings.warn(
         f"guidance {guidance} is left out of {len(guide) - sum(guide)} of {len(guide)} steps: "
-        f"{reason}; use {spec.finest} steps or more, or force_guidance to apply it anyway",
+        f"{reason}; {remedy}force_guidance applies it anyway",
         stacklevel=3,
     )

@@ -44,6 +44,7 @@ class State:
         average: the EMA of its weights that is sampled with.
         target: the EMA that makes targets, when the objective wants one.
         optimizer: AdamW.
+        data: digest of the training data.
         step: steps done.
     """
 
@@ -51,6 +52,7 @@ class State:
     average: nn.Module
     target: nn.Module | None
     optimizer: torch.optim.AdamW
+    data: str
     step: int = 0
 
     def tensors(self) -> dict[str, Tensor]:
@@ -63,7 +65,16 @@ class State:
         return tensors
 
     def restore(self, folder: Path) -> None:
-        """Take everything from a checkpoint."""
+        """Take everything from a checkpoint.
+
+        Raises:
+            UserError: it is damaged, or was trained on other data.
+        """
+        facts = checkpoint.read_info(folder)["training"]
+        if facts["data"] != self.data:
+            raise UserError(
+                f"the data have changed since {folder}: restore them, or train to another --out"
+            )
         path = folder / checkpoint.TRAINING
         parts: dict[str, dict[str, Tensor]] = {"net": {}, "target": {}, "optimizer": {}}
         for name, value in checkpoint.read_tensors(path).items():
@@ -80,7 +91,7 @@ class State:
             moments.setdefault(int(index), {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.step = int(checkpoint.read_info(folder)["training"]["step"])
+        self.step = int(facts["step"])
 
 
 def train(config: TrainConfig, *, bar: bool = True) -> bool:
@@ -101,6 +112,7 @@ def train(config: TrainConfig, *, bar: bool = True) -> bool:
     splits = config.data.load()
     state = initial_state(config, splits, device)
     open_run(config)
+    checkpoint.sweep(config.out)
     found = checkpoint.checkpoints(config.out)
     if found:
         state.restore(found[-1])
@@ -150,7 +162,7 @@ def initial_state(config: TrainConfig, splits: Splits, device: torch.device) -> 
     base = ModelSpec(
         shape=data.shape,
         num_classes=data.num_classes,
-        data="[-1, 1]" if len(data.shape) == 3 else "raw",
+        data=data.scale,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -164,7 +176,7 @@ def initial_state(config: TrainConfig, splits: Splits, device: torch.device) -> 
         model.net.parameters(), options.lr, options.betas, weight_decay=options.weight_decay
     )
     target = None if config.objective.target_ema is None else frozen_copy()
-    return State(model, frozen_copy(), target, optimizer)
+    return State(model, frozen_copy(), target, optimizer, data.digest())
 
 
 def open_run(config: TrainConfig) -> None:
@@ -245,7 +257,9 @@ def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     """bfloat16 autocast where the config asks for it, by default on CUDA."""
     wanted = config.precision == "bfloat16"
     wanted |= config.precision == "auto" and device.type == "cuda"
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+    # Without the cache: weights cast under no_grad for a target would be found again, and
+    # cost the network its gradient, when it makes its own targets (pytorch issue 105211).
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted, cache_enabled=False)
 
 
 def summarise(
@@ -281,7 +295,7 @@ def save(state: State, config: TrainConfig) -> Path:
     info = checkpoint.model_info(
         config.network,
         state.model.spec,
-        {"step": state.step, "config": config_json(config)},
+        {"step": state.step, "data": state.data, "config": config_json(config)},
     )
     return checkpoint.save_checkpoint(
         config.out, state.step, state.average, info, state.tensors(), config.log.keep

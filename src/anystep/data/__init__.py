@@ -4,10 +4,11 @@ A data config (`digits.Digits`, `folder.Folder`, ...) is a frozen dataclass whos
 returns the training split and a held-out split that training never sees.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +44,22 @@ class Dataset:
     def num_classes(self) -> int:
         """How many classes there are; 0 without labels."""
         return len(self.class_names)
+
+    @property
+    def scale(self) -> Literal["[-1, 1]", "raw"]:
+        """Whether `batch` gives images in [-1, 1], or values whose range is their own affair."""
+        image = len(self.shape) == 3
+        bounded = self.x.dtype == torch.uint8 or bool(self.x.abs().max() <= 1 + 1e-6)
+        return "[-1, 1]" if image and bounded else "raw"
+
+    def digest(self) -> str:
+        """A hash of all examples, labels and the number of classes."""
+        digest = hashlib.sha256(f"{self.num_classes}".encode())
+        for tensor in (self.x, self.labels):
+            if tensor is not None:
+                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()[:16]
 
     def batch(self, rows: Tensor | slice) -> tuple[Tensor, Tensor | None]:
         """Examples as the model sees them: float32 x1 (images in [-1, 1]) and labels."""
@@ -131,7 +148,13 @@ class Order:
 def seeded(
     seed: int, step: int, *, stream: int = 0, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """A generator that depends on (seed, step, stream) and on nothing else."""
+    """A generator that depends on (seed, step, stream) and on nothing else.
+
+    Raises:
+        UserError: the seed is negative.
+    """
+    if seed < 0:
+        raise UserError(f"a seed must be at least 0, not {seed}")
     state = np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
 

@@ -22,8 +22,7 @@ class Arrays(DataConfig):
 
     Examples are uint8 images (N, C, H, W) or (N, H, W) in 0..255, or floats that the model sees
     as they are: vectors (N, D), or images (N, C, H, W) or (N, H, W) in [-1, 1]. Images are
-    channels-first; (N, H, W) has one channel. Labels are integers (N,) from 0, and there are
-    max + 1 classes.
+    channels-first; (N, H, W) has one channel. Labels are integers (N,) from 0, without gaps.
 
     Attributes:
         path: the file.
@@ -131,5 +130,11 @@ def _labels(labels: NDArray[Any], count: int) -> Tensor:
         raise UserError(
             f"labels run from {labels.min()} to {labels.max()}; store class ids from 0 "
             f"to less than {MAX_CLASSES:,}"
+        )
+    missing = np.setdiff1d(np.arange(labels.max() + 1), labels)
+    if len(missing):
+        raise UserError(
+            f"no example has label {missing[0]}, though the largest is {labels.max()}; number "
+            "the classes without gaps: labels = numpy.unique(labels, return_inverse=True)[1]"
         )
     return torch.from_numpy(labels.astype(np.int64))

@@ -6,7 +6,8 @@ Every image becomes uint8 (C, H, W) of one size:
 * transparency is laid over white;
 * 16-bit grey is divided by 257, so that full white stays full white;
 * it is resized with antialiasing so that it just covers (H, W), aspect ratio kept, and cropped
-  at the centre. Small images are enlarged: a single pixel is a valid image of one colour.
+  at the centre. Small images are enlarged; one with a side of a single pixel has nothing to
+  show and counts as unreadable.
 """
 
 import math
@@ -48,7 +49,7 @@ class Folder(DataConfig):
         channels: 3 for RGB, 1 for grey.
         held_out: share of the images kept apart, in [0, 1).
         on_error: what to do about files that cannot be read: "stop", or "skip" them with a
-            warning. A class whose images are all skipped keeps its label.
+            warning. A class must keep at least one image.
     """
 
     path: Path
@@ -81,6 +82,7 @@ class Folder(DataConfig):
         if bad:
             self._report(bad, len(files))
             data = data.rows(torch.tensor(readable).nonzero().flatten())
+            _check_classes(data)
         return split(data, self.held_out)
 
     def _buffer(self, count: int) -> NDArray[np.uint8]:
@@ -148,6 +150,16 @@ def _classes(path: Path, files: Sequence[Path]) -> tuple[tuple[str, ...], torch.
     return tuple(names), torch.tensor([label[parent[0]] for parent in parents])
 
 
+def _check_classes(data: Dataset) -> None:
+    """Raise `UserError` if a class has no example left."""
+    if data.labels is None:
+        return
+    empty = (data.labels.bincount(minlength=data.num_classes) == 0).nonzero().flatten().tolist()
+    if empty:
+        names = ", ".join(repr(data.class_names[k]) for k in empty[:5])
+        raise UserError(f"no image of class {names} can be read; mend some or remove the folder")
+
+
 def _decode_all(files: Sequence[Path], x: NDArray[np.uint8]) -> list[bool]:
     """Decode file i into x[i]; which of them could be read."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -160,6 +172,8 @@ def _decode(file: Path, out: NDArray[np.uint8]) -> bool:
     channels, height, width = out.shape
     try:
         with Image.open(file, formats=FORMATS) as opened:
+            if min(opened.size) < 2:
+                return False
             image = _opaque(ImageOps.exif_transpose(opened))
         image = image.convert("RGB" if channels == 3 else "L")
         pixels = np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))

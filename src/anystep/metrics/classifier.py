@@ -104,7 +104,7 @@ def train_classifier(
     same arguments give the same weights. The global random state stays as it was.
 
     Raises:
-        UserError: the data have no labels, or the cache folder cannot be made.
+        UserError: the data have no labels.
     """
     train = splits.train
     if train.labels is None:
@@ -171,17 +171,8 @@ def _accuracy(net: ClassifierNet, splits: Splits) -> float:
 
 def _cache_path(cache: Path, splits: Splits, seed: int) -> Path:
     """The cache's file for these data, this seed and this version, without a suffix."""
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the cache folder {cache}: {error.strerror}") from None
-    digest = hashlib.sha256(json.dumps([VERSION, seed]).encode())
-    for data in splits:
-        for tensor in (data.x, data.labels):
-            if tensor is not None:
-                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().cpu().numpy().data)
-        digest.update(f"{data.num_classes}".encode())
+    facts = [VERSION, seed, *(data.digest() for data in splits)]
+    digest = hashlib.sha256(json.dumps(facts).encode())
     return cache / f"classifier-{digest.hexdigest()[:16]}"
 
 
@@ -203,6 +194,7 @@ def _write(path: Path, net: ClassifierNet, accuracy: float) -> None:
     weights = safetensors.torch.save(state)
     facts = {"accuracy": accuracy, "sha256": hashlib.sha256(weights).hexdigest()}
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path.with_suffix(".safetensors"), weights)
         _replace(path.with_suffix(".json"), json.dumps(facts).encode())
     except OSError as error:  # a full disk must not cost the trained network

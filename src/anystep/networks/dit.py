@@ -123,7 +123,7 @@ class Block(nn.Module):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        width, hidden = config.width, int(config.width * config.mlp_ratio)
+        width, hidden = config.width, round(config.width * config.mlp_ratio)
         self.heads = config.heads
         head_dim = width // config.heads
         self.scale = head_dim**-0.5 if config.root_scale else 1 / head_dim
@@ -185,7 +185,11 @@ def xavier(layer: nn.Module, parts: int = 1) -> None:
 def check(config: DiTConfig, shape: tuple[int, ...]) -> None:
     """Raise `UserError` unless `config` can be built for samples of `shape`."""
     if len(shape) != 3:
-        raise UserError(f"a DiT takes images (C, H, W), not samples of shape {shape}; use mlp")
+        raise UserError(
+            f"a DiT takes images (C, H, W), not samples of shape {shape}; vectors take an mlp"
+        )
+    if min(config.patch, config.width, config.depth, config.heads, config.mlp_ratio) <= 0:
+        raise UserError("patch, width, depth, heads and mlp_ratio must be positive")
     if any(side < 1 or side % config.patch for side in shape[1:]):
         raise UserError(
             f"patch {config.patch} does not divide the image's {shape[1]}x{shape[2]}; choose "

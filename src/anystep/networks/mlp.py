@@ -27,7 +27,11 @@ class MLPConfig(NetworkConfig):
     def build(self, shape: tuple[int, ...], num_classes: int = 0, finest: int = 128) -> "MLP":
         """The network for vectors (D,)."""
         if len(shape) != 1:
-            raise UserError(f"an mlp takes vectors (D,), not samples of shape {shape}; use dit")
+            raise UserError(
+                f"an mlp takes vectors (D,), not samples of shape {shape}; images take a dit"
+            )
+        if self.width < 1 or self.depth < 1:
+            raise UserError("width and depth of an mlp must be at least 1")
         return MLP(self, shape[0], num_classes, finest)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from anystep.guidance import drop_condition, null_condition
+from anystep.guidance import check_label_dropout, drop_condition, null_condition
 from anystep.objectives import (
     Batch,
     Loss,
@@ -42,6 +42,10 @@ class FlowMatching(Objective):
     M: int = 128
     label_dropout: float = 0.1
     grid_times: bool = False
+
+    def __post_init__(self) -> None:
+        finest_level(self.M)
+        check_label_dropout(self.label_dropout)
 
     def spec(self, base: ModelSpec) -> ModelSpec:
         """D is always 0; any number of steps; guidance allowed where labels were dropped."""

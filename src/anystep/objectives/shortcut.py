@@ -13,6 +13,7 @@ and 5, algorithm 1. What differs from the paper and from the authors' code, and 
 docs/method.md; `Shortcut.paper()` and `Shortcut.authors()` are their constants.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from anystep.errors import UserError
-from anystep.guidance import drop_condition, guided, null_condition
+from anystep.guidance import check_label_dropout, drop_condition, guided, null_condition
 from anystep.objectives import (
     Batch,
     Loss,
@@ -70,12 +71,13 @@ def two_step_target(
     """
 
     def ask(x: Tensor, t: Tensor) -> Tensor:
-        if isinstance(guidance, float | int) and guidance == 1:
+        if plain:
             return net(x, t, half, cond)
         return guided(
             net, x, t, half, cond, guidance=guidance, null_cond=null_cond, rows=guided_rows
         )
 
+    plain = torch.as_tensor(guidance).ndim == 0 and guidance == 1
     half = d / 2
     u_1 = ask(x_t, t)
     midpoint = clip(step(x_t, u_1, half), clip_midpoint)
@@ -123,6 +125,13 @@ class Shortcut(Objective):
             raise UserError("a shortcut model needs M of at least 2")
         if not 0 <= self.bootstrap_share < 1:
             raise UserError(f"bootstrap_share must be in [0, 1), not {self.bootstrap_share}")
+        if self.target_ema is not None and not 0 <= self.target_ema < 1:
+            raise UserError(f"target_ema must be in [0, 1) or None, not {self.target_ema}")
+        check_label_dropout(self.label_dropout)
+        if self.clip is not None and not self.clip > 0:
+            raise UserError(f"clip must be positive or None, not {self.clip}")
+        if self.guidance != 1 and not self.label_dropout:
+            raise UserError("guidance in the targets needs label_dropout, to train the null label")
         if not 0 <= self.guided_level < finest_level(self.M):
             raise UserError(
                 f"guidance_level must be in 0..{finest_level(self.M) - 1}, "
@@ -157,6 +166,12 @@ class Shortcut(Objective):
         conditional = base.num_classes > 0
         if self.guidance != 1 and not conditional:
             raise UserError("guidance in the targets needs a dataset with labels")
+        if self.guidance != 1 and self.guided_level != finest - 1:
+            warnings.warn(
+                f"targets of level {self.guided_level} ask the null label at level "
+                f"{self.guided_level + 1}, where it is not trained; level {finest - 1} is safe",
+                stacklevel=2,
+            )
         return replace(
             base,
             step_input="step",
