@@ -8,8 +8,6 @@ a busy machine slows both alike. Network: the digits preset's. Batch: the same f
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from provenance import provenance
 
 from anystep.config import TrainConfig, pick_device
 from anystep.data import seeded
@@ -110,13 +109,7 @@ def main() -> None:
     args = parser.parse_args()
     device = pick_device(args.device)
     report = {
-        "machine": {
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        },
+        "provenance": provenance(),
         "training": [training_ratio(share, args.repeats, device) for share in (0.25, 0.5)],
         "sampling": [sampling_ratio(n, 64, args.repeats, device) for n in (1, 8, 32)],
     }

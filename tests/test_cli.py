@@ -179,7 +179,7 @@ class TestTrain:
         for text, message in (
             ("[1]", "must be a JSON object"),
             (first.replace('"cosine"', '"cosin"'), "'cosin' is not"),
-            (first.replace('"steps": 2200', '"steps": 1.5'), "1.5 is not int"),
+            (first.replace('"steps": 3000', '"steps": 1.5'), "1.5 is not int"),
             (first.replace('"name": "digits"', '"name": "digit"'), "did you mean 'digits'"),
             (first[:100], "damaged"),
         ):

@@ -31,10 +31,10 @@ def digits(objective: Objective) -> TrainConfig:
         network=DiTConfig(patch=2, width=96, depth=4, heads=4),
         objective=objective,
         optimizer=OptimizerConfig(
-            lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup=100, decay="cosine"
+            lr=4e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup=100, decay="cosine"
         ),
         log=LogConfig(look_every=500, look_steps=(1, 4, 32)),
-        steps=2200,
+        steps=3000,
         batch=128,
     )
 

@@ -111,7 +111,7 @@ class Shortcut(Objective):
     VARIANTS: ClassVar[dict[str, Callable[[], "Shortcut"]]]
 
     M: int = 128
-    bootstrap_share: float = 0.5
+    bootstrap_share: float = 0.15
     target_ema: float | None = 0.95
     guidance: float = 1.0
     guidance_level: int | None = None
