@@ -19,8 +19,9 @@ from provenance import ROOT, as_markdown, provenance
 
 from anystep import checkpoint, figures
 from anystep.config import TrainConfig
-from anystep.evaluate import COLUMNS, REAL, Judge, evaluate, save_grid, semigroup_gap
+from anystep.evaluate import COLUMNS, REAL, Judge, evaluate, semigroup_gap
 from anystep.presets import digits, objective
+from anystep.report import save_grid
 from anystep.train import train
 
 STEPS = (1, 2, 4, 8, 32, 128)

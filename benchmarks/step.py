@@ -24,7 +24,8 @@ from anystep.objectives.flow_matching import FlowMatching
 from anystep.objectives.shortcut import Shortcut
 from anystep.presets import digits
 from anystep.sampling import sample
-from anystep.train import initial_state, training_step
+from anystep.state import initial_state
+from anystep.train import training_step
 
 
 def medians(

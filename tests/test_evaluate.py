@@ -8,11 +8,12 @@ import torch
 from anystep import metrics
 from anystep.data import Dataset, Splits
 from anystep.data.digits import Digits
-from anystep.evaluate import REAL, Judge, generate, requests, semigroup_gap, write_report
+from anystep.evaluate import REAL, Judge, generate, requests, semigroup_gap
 from anystep.networks.mlp import MLPConfig
 from anystep.objectives.flow_matching import FlowMatching
 from anystep.objectives.shortcut import Shortcut
 from anystep.oracle import Gaussian
+from anystep.report import write_report
 from anystep.spec import Model, ModelSpec
 
 

@@ -13,8 +13,8 @@ LAYERS = [
     {"sampling"},
     {"objectives"},
     {"data", "metrics", "ema", "checkpoint", "interop", "figures", "log"},
-    {"config", "presets", "train", "evaluate"},
-    {"cli"},
+    {"config", "presets", "state", "train", "evaluate", "report"},
+    {"arguments", "cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

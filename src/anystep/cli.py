@@ -1,8 +1,6 @@
 """The command line: train, sample, eval, info."""
 
 import contextlib
-import dataclasses
-import io
 import json
 import sys
 import tempfile
@@ -20,14 +18,16 @@ from tqdm import tqdm
 
 import anystep
 from anystep import checkpoint, figures
+from anystep.arguments import parse, take
 from anystep.config import TrainConfig, config_json, pick_device
 from anystep.data import DataConfig
 from anystep.errors import UserError
-from anystep.evaluate import Judge, generate, write_report
+from anystep.evaluate import Judge, generate
 from anystep.metrics import TorchScriptFeatures
 from anystep.objectives import Objective
 from anystep.presets import PRESETS, preset
 from anystep.registry import from_json, names, to_json, unknown
+from anystep.report import write_report
 from anystep.train import INTERRUPTED, train
 
 Where = Annotated[Path, tyro.conf.Positional]
@@ -99,54 +99,6 @@ class InfoArgs:
     model: Where
 
 
-def parse(cls: Any, args: Sequence[str], prog: str, default: Any = None) -> Any:
-    """Parse dotted options; anything wrong is a one-line `UserError`."""
-    if "" in args or any(word.endswith("=") for word in args):
-        raise UserError("an option has an empty value (an unset shell variable?)")
-    stderr = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(stderr):
-            value, rest = tyro.cli(
-                cls, prog=prog, args=list(args), default=default, return_unknown_args=True
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UserError(one_line(stderr.getvalue()) or f"see {prog} --help") from None
-    if rest:
-        known = options(value)
-        word = rest[0].split("=")[0]
-        raise UserError(
-            unknown("option", word.replace("_", "-"), known)
-            if word.startswith("-")
-            else f"unexpected argument {word!r}; see {prog} --help"
-        )
-    return value
-
-
-def one_line(box: str) -> str:
-    """The first paragraph of an error message drawn as a box, as one line."""
-    words = []
-    for line in box.splitlines()[1:]:
-        text = line.strip("│╭╮╰╯ ")
-        if text and set(text) == {"─"}:
-            break
-        words.append(text.strip("─ "))
-    return " ".join(" ".join(words).split())
-
-
-def options(config: Any, prefix: str = "--") -> list[str]:
-    """The dotted options of a dataclass, such as --objective.target-ema."""
-    found = []
-    for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), prefix + field.name.replace("_", "-")
-        if dataclasses.is_dataclass(value):
-            found += options(value, f"{name}.")
-        else:
-            found += [name, f"--no-{name[2:]}"] if isinstance(value, bool) else [name]
-    return found
-
-
 def run_train(args: Sequence[str]) -> int:
     """Usage: anystep train PRESET [--method METHOD] [--dry-run] [--field value ...].
 
@@ -189,18 +141,6 @@ def train_help() -> str:
     lines += [f"  {name:<15}{str(make.__doc__).splitlines()[0]}" for name, make in PRESETS.items()]
     lines += ["", "methods (default shortcut; a variant is named as shortcut/paper):"]
     return "\n".join(lines + [f"  {name}" for name in names(Objective.PACKAGE)])
-
-
-def take(words: list[str], option: str) -> str | None:
-    """Remove `option VALUE` or `option=VALUE` from `words` and return the value."""
-    for k, word in enumerate(words):
-        if word == option:
-            if k + 1 == len(words):
-                raise UserError(f"{option} needs a value")
-            return [words.pop(k), words.pop(k)][1]
-        if word.startswith(f"{option}="):
-            return words.pop(k).partition("=")[2]
-    return None
 
 
 def run_sample(args: Sequence[str]) -> int:

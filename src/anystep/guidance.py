@@ -5,6 +5,7 @@ targets, Frans et al. (arXiv 2410.12557), section 3.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from anystep.errors import UserError
@@ -25,13 +26,21 @@ def check_label_dropout(share: float) -> None:
 
 
 def drop_condition(
-    cond: Tensor | None, null_cond: Tensor | None, share: float, generator: torch.Generator
+    cond: Tensor | None,
+    null_cond: Tensor | None,
+    share: float,
+    generator: torch.Generator,
+    *,
+    keep: int = 0,
 ) -> Tensor | None:
-    """Replace each entry of `cond` (B,) by the null condition with probability `share`."""
+    """Replace entries of `cond` (B,), but for the first `keep`, with probability `share`.
+
+    They become those of `null_cond` (B,), which stands for no condition.
+    """
     if cond is None or null_cond is None or not share:
         return cond
-    drop = torch.rand(cond.shape, generator=generator, device=cond.device) < share
-    return torch.where(drop, null_cond, cond)
+    drop = torch.rand(len(cond) - keep, generator=generator, device=cond.device) < share
+    return torch.where(F.pad(drop, (keep, 0)), null_cond, cond)
 
 
 def guided(

@@ -86,7 +86,7 @@ def two_step_target(
 
 
 def clip(x: Tensor, bound: float | None) -> Tensor:
-    """X bounded to [-bound, bound]; unchanged when there is no bound."""
+    """Bound x to [-bound, bound]; unchanged when there is no bound."""
     return x if bound is None else x.clamp(-bound, bound)
 
 
@@ -219,13 +219,7 @@ class Shortcut(Objective):
         x_t = interpolate(x0, x1, t)
 
         null = null_condition(models.net, batch.cond)
-        flow_null = None if null is None else null[rows:]
-        flow_cond = None if batch.cond is None else batch.cond[rows:]
-        flow_cond = drop_condition(flow_cond, flow_null, self.label_dropout, generator)
-        cond = None
-        if batch.cond is not None and flow_cond is not None:
-            cond = torch.cat([batch.cond[:rows], flow_cond])
-
+        cond = drop_condition(batch.cond, null, self.label_dropout, generator, keep=rows)
         target = velocity(x0, x1)
         if rows:
             target[:rows] = self.bootstrap_target(

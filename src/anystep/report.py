@@ -1,0 +1,143 @@
+"""What is shown of a model's quality: a table, a plot, grids of the same noise."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from anystep import checkpoint, figures
+from anystep.config import LogConfig
+from anystep.data import Splits, seeded
+from anystep.errors import UserError
+from anystep.evaluate import COLUMNS, REAL, Judge, Row, evaluate, generate, semigroup_gap
+from anystep.sampling import draw, sample
+from anystep.spec import Model
+
+
+def table(rows: Sequence[Row], gaps: dict[str, float], notes: Sequence[str]) -> str:
+    """The scores as Markdown."""
+    used = [k for k in COLUMNS if any(k in row.scores for row in rows)]
+    head = ["model", "steps", *(COLUMNS[k] for k in used)]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in rows:
+        steps = "" if not row.steps else str(row.steps)
+        steps += f" (guidance {row.guidance:g})" if row.guidance != 1 else ""
+        cells = [f"{row.scores[k]:.3f}" if k in row.scores else "" for k in used]
+        lines.append(f"| {' | '.join([row.model, steps, *cells])} |")
+    lines += ["", *(f"Semigroup gap of {name}: {gap:.3f}  " for name, gap in gaps.items())]
+    return "\n".join([*lines, "", *(f"{note}  " for note in notes)]) + "\n"
+
+
+def write_report(
+    out: Path,
+    models: dict[str, Model],
+    judge: Judge,
+    *,
+    steps: Sequence[int],
+    n: int = 2048,
+    seed: int = 0,
+) -> dict[str, Path]:
+    """Judge every model and write table, plot and grids.
+
+    Returns:
+        What was written: "table", "json", "plot", and a "grid" a model.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    floor = judge.floor()
+    rows = [floor] if floor else []
+    for name, model in models.items():
+        rows += evaluate(name, model, judge, steps=steps, n=n, seed=seed)
+    gaps = {name: semigroup_gap(model) for name, model in models.items()}
+    notes = [
+        f"{n} samples (seed {seed}) against {judge.size} training examples; "
+        f"{REAL}: {len(judge.splits.held_out)} held-out examples.",
+        f"Features: {judge.features.name}.",
+    ]
+    if judge.classifier is not None:
+        notes.append(f"Classifier accuracy on held-out data: {judge.classifier.accuracy:.4f}.")
+    files = {
+        "table": out / "quality.md",
+        "json": out / "quality.json",
+        "plot": out / "quality.png",
+    }
+    files["table"].write_text(table(rows, gaps, notes))
+    checkpoint.write_json(
+        files["json"],
+        {"rows": [asdict(row) for row in rows], "semigroup_gap": gaps, "notes": notes},
+    )
+    plot(files["plot"], rows)
+    for name, model in models.items():
+        key = "grid" if len(models) == 1 else f"grid {name}"
+        files[key] = out / (f"{key.replace(' ', '-').replace('/', '-')}.png")
+        save_grid(files[key], model, steps, seed=seed)
+    return files
+
+
+def plot(path: Path, rows: Sequence[Row]) -> None:
+    """Quality against steps: Fréchet distance, and accuracy and variance where there are any."""
+    curves: dict[str, dict[str, dict[int, float]]] = {}
+    floors = {}
+    for row in rows:
+        for key in ("frechet", "sliced", "accuracy", "variance"):
+            if key not in row.scores:
+                continue
+            if row.model == REAL:
+                floors[COLUMNS[key]] = row.scores[key]
+                continue
+            name = row.model + (f", guidance {row.guidance:g}" if row.guidance != 1 else "")
+            metric = curves.setdefault(COLUMNS[key], {})
+            metric.setdefault(name, {})[row.steps] = row.scores[key]
+    figures.plot_quality(path, curves, floors)
+
+
+def save_grid(
+    path: Path, model: Model, steps: Sequence[int], *, columns: int = 10, seed: int = 0
+) -> None:
+    """Save the same noises at each step count, a row each; classes in turn along a row."""
+    spec = model.spec
+    columns = columns if len(spec.shape) == 3 else 2000
+    device = next(model.parameters()).device
+    x0, cond = draw(spec, columns, seeded(seed, 0))
+    if cond is not None:
+        cond = (torch.arange(columns) % spec.num_classes).to(device)
+    rows = [sample(model, x0.to(device), steps=n, cond=cond).cpu() for n in steps]
+    figures.save_rows(path, rows, [f"{n} step{'s' if n > 1 else ''}" for n in steps])
+
+
+class Look:
+    """Sample grids and few-step scores while a run goes on; changes nothing in it.
+
+    Args:
+        config: how often, at which step counts, how many samples.
+        splits: the data.
+        out: the run's folder; pictures go to `samples/` in it.
+        device: where a classifier runs.
+    """
+
+    def __init__(self, config: LogConfig, splits: Splits, out: Path, device: torch.device) -> None:
+        self.config, self.splits, self.out, self.device = config, splits, out, device
+        self.judge: Judge | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether to look after `step` steps."""
+        return self.config.look_every > 0 and step % self.config.look_every == 0
+
+    def __call__(self, model: Model, step: int) -> dict[str, float]:
+        """Write the grid of this step; returns the Fréchet distance at each step count.
+
+        Data that cannot be judged are warned of and do not stop the run.
+        """
+        save_grid(self.out / "samples" / f"step-{step:08d}.png", model, self.config.look_steps)
+        try:
+            self.judge = self.judge or Judge(self.splits, device=self.device)
+            return {f"frechet/{n}": self.frechet(model, n) for n in self.config.look_steps}
+        except UserError as error:
+            warnings.warn(f"no scores at step {step}: {error}", stacklevel=2)
+            return {}
+
+    def frechet(self, model: Model, steps: int) -> float:
+        """The Fréchet distance of samples at one step count."""
+        assert self.judge is not None
+        return self.judge.frechet(generate(model, self.config.look_samples, steps=steps)[0])
