@@ -11,6 +11,7 @@ mean and standard deviation over seeds, goes to results/digits.
 import argparse
 import json
 import statistics
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +53,8 @@ def judged(method: str, seed: int, judge: Judge, scale: float) -> dict[str, obje
         result: dict[str, object] = json.loads(done.read_text())
         return result
     start = time.perf_counter()
-    train(config)
+    if not train(config):
+        sys.exit("interrupted; the same command goes on")
     seconds = time.perf_counter() - start
     model = checkpoint.load_model(config.out)
     rows = evaluate(f"{method} {seed}", model, judge, steps=STEPS, n=2048, seed=1)
