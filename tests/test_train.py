@@ -81,7 +81,7 @@ def test_a_run_cut_off_and_resumed_is_the_uninterrupted_run(tmp_path, monkeypatc
                 training.train(parts, bar=False)
     assert training.train(parts, bar=False)
     assert_same_run(whole.out, parts.out)
-    keep = ("step", "loss", "loss/d=1", "lr")
+    keep = ("step", "loss", "loss/flow", "lr")
     lines = [
         [{k: line[k] for k in keep} for line in read_metrics(run.out / training.METRICS)]
         for run in (whole, parts)
