@@ -263,7 +263,7 @@ def test_bad_fields():
 def test_losses_are_reported_by_level(generator):
     net, shape = small_net("mlp")
     x1 = torch.randn(64, *shape, generator=generator)
-    loss = Shortcut()(Models(net, net), Batch(x1), 0.0, generator)
+    loss = Shortcut(bootstrap_share=0.5)(Models(net, net), Batch(x1), 0.0, generator)
     names = ["loss/flow", "loss/d=1"] + [f"loss/d=1/{2**j}" for j in range(1, 7)]
     assert set(loss.metrics) == set(names)
     flow = loss.per_example[32:].mean()
