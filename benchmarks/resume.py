@@ -2,7 +2,7 @@
 
     python benchmarks/resume.py [--kills 20]
 
-The run saves a checkpoint every second step, so that many kills fall into the writing of one.
+The run saves a checkpoint every second step. Every other kill waits until one is being written.
 Passes when weights, EMAs and optimizer moments agree bit for bit; to results/resume.
 """
 
@@ -43,17 +43,19 @@ def tensors(out: Path) -> dict[str, torch.Tensor]:
     return {f"{name}/{k}": v for name in names for k, v in load_file(folder / name).items()}
 
 
-def kill_once(out: Path, chance: random.Random, target: int) -> dict[str, object]:
-    """Resume, wait until the run passes step `target`, and kill it a random moment later."""
+def kill_once(out: Path, chance: random.Random, target: int, write: bool) -> dict[str, object]:
+    """Resume, and kill a random moment after step `target`, or after a write then begins."""
+    folder = out / checkpoint.CHECKPOINTS
     process = launch(out)
     while last_step(out) < target and process.poll() is None:
         time.sleep(0.002)
-    time.sleep(chance.uniform(0, 0.1))
-    writing = [p.name for p in (out / checkpoint.CHECKPOINTS).glob(".step-*.new")]
+    while write and not any(folder.glob(".step-*.new")) and process.poll() is None:
+        pass
+    time.sleep(chance.uniform(0, 0.02 if write else 0.1))
     process.kill()
     process.wait()
-    left = [p.name for p in (out / checkpoint.CHECKPOINTS).glob(".step-*")]
-    return {"killed_after_step": last_step(out), "was_writing": bool(writing or left)}
+    left = sorted(p.name for p in folder.glob(".step-*"))
+    return {"killed_after_step": last_step(out), "left_behind": left}
 
 
 def main() -> None:
@@ -66,7 +68,8 @@ def main() -> None:
     work = Path(tempfile.mkdtemp())
     kills = []
     for k in range(args.kills):
-        kills.append(kill_once(work / "killed", chance, round(230 * (k + 1) / (args.kills + 1))))
+        target = round(230 * (k + 1) / (args.kills + 1))
+        kills.append(kill_once(work / "killed", chance, target, write=k % 2 == 1))
         print(f"kill {k + 1}: {kills[-1]}", flush=True)
     for name in ("killed", "whole"):
         assert launch(work / name).wait() == 0
@@ -76,7 +79,7 @@ def main() -> None:
         "bit_for_bit": same,
         "tensors": len(whole),
         "kills": kills,
-        "kills_during_a_write": sum(bool(k["was_writing"]) for k in kills),
+        "kills_during_a_write": sum(bool(k["left_behind"]) for k in kills),
         "provenance": provenance(),
     }
     args.out.mkdir(parents=True, exist_ok=True)
