@@ -22,7 +22,7 @@ from anystep.registry import from_json
 from anystep.sampling import draw, sample
 
 ORDERS = ("fine_first", "coarse_first", "spread")
-COUNTS = (3, 5, 6, 7, 10, 12, 20, 24)
+COUNTS = (3, 5, 6, 7, 12)
 
 
 def main() -> None:

@@ -91,7 +91,7 @@ def test_what_the_network_is_asked_follows_the_spec():
         sample(Model(net, spec), noise(2).float(), steps=steps, cond=torch.zeros(2).long())
         return net.asked
 
-    assert asked(SHORTCUT, 3) == [(0, 0.25), (0.25, 0.25), (0.5, 0.5)]
+    assert asked(SHORTCUT, 3) == [(0, 0.5), (0.5, 0.25), (0.75, 0.25)]
     assert {d for _, d in asked(SHORTCUT, 128)} == {0}
     assert {d for _, d in asked(SHORTCUT, 200)} == {0}
     assert len(asked(SHORTCUT, 200)) == 200

@@ -4,7 +4,7 @@
 
 For N a power of two up to M every step has size 1/N. For other N up to M the schedule is made of
 the two neighbouring sizes that were trained, each step starting at a multiple of itself, as in
-training: 3 = 1/4 1/4 1/2. Above M the steps are equal and the network is asked d = 0. A model
+training: 3 = 1/2 1/4 1/4. Above M the steps are equal and the network is asked d = 0. A model
 that is always asked d = 0 takes equal steps at every N.
 
 Source: Frans et al. (arXiv 2410.12557), algorithm 2, for powers of two.
@@ -27,7 +27,7 @@ Callback = Callable[[int, float, Tensor], None]
 
 
 def schedule(
-    steps: int, spec: ModelSpec | None = None, order: Order = "fine_first"
+    steps: int, spec: ModelSpec | None = None, order: Order = "coarse_first"
 ) -> list[tuple[float, float]]:
     """The (t, d) of each of `steps` steps from t = 0 to 1.
 
@@ -69,7 +69,7 @@ def sample(
     guidance: float = 1.0,
     null_cond: Tensor | None = None,
     force_guidance: bool = False,
-    order: Order = "fine_first",
+    order: Order = "coarse_first",
     callback: Callback | None = None,
 ) -> Tensor:
     """Carry noise x0 to data in `steps` network calls (more with guidance: rows, not calls).
