@@ -218,7 +218,7 @@ def test_gradient_is_clipped_and_rate_follows_the_schedule(tmp_path):
 def test_ema_is_the_weighted_sum_of_the_weights():
     net, average = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
     values = [1.0, 5.0, -2.0, 7.0]
-    expected = float(average.weight)
+    expected = average.weight.item()
     for step, value in enumerate(values):
         net.weight.data.fill_(value)
         decay = ema.warmed_up(0.3, step)

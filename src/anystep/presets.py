@@ -25,7 +25,7 @@ Preset = Callable[[Objective], TrainConfig]
 
 
 def digits(objective: Objective) -> TrainConfig:
-    """8x8 digits, class-conditional, about three minutes on two cores."""
+    """8x8 digits, class-conditional, under four minutes on two cores."""
     return TrainConfig(
         data=Digits(),
         network=DiTConfig(patch=2, width=96, depth=4, heads=4),
@@ -33,7 +33,7 @@ def digits(objective: Objective) -> TrainConfig:
         optimizer=OptimizerConfig(
             lr=4e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup=100, decay="cosine"
         ),
-        log=LogConfig(look_every=500, look_steps=(1, 4, 32)),
+        log=LogConfig(look_every=1000, look_steps=(1, 4)),
         steps=3000,
         batch=128,
     )
