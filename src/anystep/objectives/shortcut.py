@@ -92,7 +92,7 @@ def clip(x: Tensor, bound: float | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Shortcut(Objective):
-    """The shortcut objective; the defaults are the best found, see results/digits.
+    """The shortcut objective; how the defaults were found: results/digits.
 
     Attributes:
         M: the finest number of steps, a power of two.
