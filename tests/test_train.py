@@ -291,3 +291,21 @@ def test_ctrl_c_saves_and_leaves(tmp_path):
     last = checkpoint.checkpoints(tmp_path / "run")[-1]
     step = checkpoint.read_info(last)["training"]["step"]
     assert read_metrics(tmp_path / "run" / training.METRICS)[-1]["step"] == step
+
+
+def test_the_sampled_average_warms_up(tmp_path):
+    run = config(tmp_path / "run", steps=1, ema=0.999)
+    start = training.initial_state(run, run.data.load(), CPU).model.net.state_dict()
+    training.train(run, bar=False)
+    tensors = final_tensors(run.out)
+    net = tensors["training.safetensors/net.input.weight"]
+    average = tensors["model.safetensors/input.weight"]
+    torch.testing.assert_close(average, 0.1 * start["input.weight"] + 0.9 * net)
+
+
+def test_a_generator_depends_on_seed_step_and_stream():
+    def draw(*args, **kwargs):
+        return float(torch.rand(1, generator=seeded(*args, **kwargs)))
+
+    assert draw(0, 0) == draw(0, 0)
+    assert len({draw(0, 0), draw(1, 0), draw(0, 1), draw(0, 0, stream=1)}) == 4
