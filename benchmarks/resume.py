@@ -17,10 +17,12 @@ import time
 from pathlib import Path
 
 import torch
-from provenance import ROOT, as_markdown, provenance
 from safetensors.torch import load_file
 
 from anystep import checkpoint
+from anystep.provenance import as_markdown, provenance
+
+ROOT = Path(__file__).resolve().parents[1]
 
 COMMAND = [
     *(sys.executable, "-m", "anystep.cli", "train", "digits", "--steps", "240", "--batch", "32"),

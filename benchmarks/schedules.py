@@ -13,13 +13,15 @@ import statistics
 from pathlib import Path
 
 import torch
-from provenance import ROOT, as_markdown, provenance
 
 from anystep import checkpoint
 from anystep.data import DataConfig, seeded
 from anystep.evaluate import Judge
+from anystep.provenance import as_markdown, provenance
 from anystep.registry import from_json
 from anystep.sampling import draw, sample
+
+ROOT = Path(__file__).resolve().parents[1]
 
 ORDERS = ("fine_first", "coarse_first", "spread")
 COUNTS = (3, 5, 6, 7, 12)

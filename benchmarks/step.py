@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from provenance import provenance
 
 from anystep.config import TrainConfig, pick_device
 from anystep.data import seeded
@@ -23,6 +22,7 @@ from anystep.objectives import Batch
 from anystep.objectives.flow_matching import FlowMatching
 from anystep.objectives.shortcut import Shortcut
 from anystep.presets import digits
+from anystep.provenance import provenance
 from anystep.sampling import sample
 from anystep.state import initial_state
 from anystep.train import training_step

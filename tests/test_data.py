@@ -19,6 +19,7 @@ from anystep.data.arrays import Arrays
 from anystep.data.digits import Digits
 from anystep.data.fashion_mnist import CLASSES, FashionMNIST, parse_idx
 from anystep.data.folder import Folder
+from anystep.data.pairs import Pairs
 from anystep.errors import UserError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -49,6 +50,7 @@ def all_rows(data):
         ("folder", Folder),
         ("fashion-mnist", FashionMNIST),
         ("arrays", Arrays),
+        ("pairs", Pairs),
     ],
 )
 def test_registry_finds_each_dataset_by_its_file_name(name, cls):
@@ -654,9 +656,11 @@ def test_digest_sees_every_change():
         Dataset(x, labels, ("a", "b", "c")),
         Dataset(x.view(4, 2, 1), labels, ("a", "b")),
         Dataset(x),
+        Dataset(x, labels, ("a", "b"), torch.zeros(4, 2)),
+        Dataset(x, labels, ("a", "b"), torch.ones(4, 2)),
     ]
     assert base.digest() == Dataset(x.clone(), labels.clone(), ("a", "b")).digest()
-    assert len({d.digest() for d in [base, *others]}) == 6
+    assert len({d.digest() for d in [base, *others]}) == 8
 
 
 def test_an_unknown_key_names_the_nearest(tmp_path):
@@ -716,6 +720,54 @@ def test_the_first_row_that_is_not_finite_is_named(tmp_path, value):
     x = np.zeros((9, 3))
     x[4, 1] = x[7, 2] = value
     assert "row 4 " in complaint(Arrays(store(tmp_path, x=x)).load)
+
+
+@pytest.mark.parametrize("key", ["x0", "noise"])
+def test_noises_stay_with_their_examples(tmp_path, key):
+    x = np.random.default_rng(5).normal(size=(20, 2))
+    named = {} if key == "x0" else {"x0_key": key}
+    file = store(tmp_path, x=x, labels=np.arange(20) % 2, **{key: x + 7})
+    for part in Arrays(file, held_out=0.25, **named).load():
+        assert part.x0.dtype == torch.float32
+        torch.testing.assert_close(part.x0, part.x + 7)
+        torch.testing.assert_close(part.noise(slice(1, 3)), part.x[1:3] + 7)
+    plain = Arrays(store(tmp_path, x=x)).load().train
+    assert plain.x0 is None and plain.noise(slice(1, 3)) is None
+
+
+def test_noises_of_grey_images_get_a_channel_and_may_exceed_one(tmp_path):
+    x0 = np.random.default_rng(6).normal(size=(20, 4, 5)).astype(np.float32)
+    data = Arrays(store(tmp_path, x=IMAGES[:, 0], x0=x0), held_out=0).load().train
+    assert data.scale == "[-1, 1]" and data.x0.shape == (20, 1, 4, 5)
+    assert sorted(map(bytes, data.x0.numpy())) == sorted(map(bytes, x0))
+    rows = torch.tensor([3, 1])
+    assert torch.equal(data.rows(rows).x0, data.x0[rows])
+
+
+@pytest.mark.parametrize(
+    ("x0", "says"),
+    [
+        (np.zeros((19, 2)), r"float64 \(19, 2\); .*: \(20, 2\)"),
+        (np.zeros((20, 3)), r"\(20, 3\)"),
+        (np.zeros(20), r"\(20,\)"),
+        (np.zeros((20, 2), int), "int64"),
+        (np.zeros((20, 2), np.uint8), "uint8"),
+        (np.zeros((20, 2), complex), "complex128"),
+    ],
+)
+def test_bad_noises_are_refused(tmp_path, x0, says):
+    message = complaint(Arrays(store(tmp_path, x=np.zeros((20, 2)), x0=x0)).load)
+    assert message.startswith("x0 is ") and re.search(says, message)
+
+
+def test_noises_that_are_not_finite_or_not_there(tmp_path):
+    x0 = np.zeros((20, 2))
+    x0[-1, 1] = np.nan
+    file = store(tmp_path, x=np.zeros((20, 2)), x0=x0)
+    assert "row 19 of x0 holds NaN or Inf" in complaint(Arrays(file).load)
+    assert "did you mean 'x0'" in complaint(Arrays(file, x0_key="x00").load)
+    np.save(tmp_path / "a.npy", IMAGES)
+    assert "'noise'" in complaint(Arrays(tmp_path / "a.npy", x0_key="noise").load)
 
 
 def broken_files(path):

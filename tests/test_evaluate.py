@@ -85,7 +85,7 @@ def test_the_same_noise_and_labels_at_every_step_count_and_batch_size():
 
 
 def test_a_guided_model_is_judged_both_ways_at_the_finest_level():
-    spec = Shortcut(guidance=1.5).spec(ModelSpec(shape=(2,), num_classes=3))
+    spec = Shortcut(M=128, guidance=1.5).spec(ModelSpec(shape=(2,), num_classes=3))
     net = MLPConfig(width=8, depth=1).build((2,), 3)
     assert requests(Model(net, spec), (1, 64, 128)) == [(1, 1), (64, 1), (128, 1), (128, 1.5)]
 

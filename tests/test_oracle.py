@@ -1,8 +1,9 @@
+import pytest
 import torch
 
 from anystep.metrics import sliced_wasserstein
 from anystep.oracle import Gaussian, GaussianMixture, ring
-from anystep.path import interpolate, step, velocity
+from anystep.path import interpolate, noise_from_velocity, step, velocity
 
 GAUSSIAN = Gaussian(mean=0.7, std=0.4)
 
@@ -40,6 +41,32 @@ def test_gaussian_u_at_zero_is_the_conditional_mean_velocity(generator):
         torch.tensor([[0.0], [1.0]], dtype=torch.float64), time[:2], torch.zeros_like(time[:2])
     ).flatten()
     torch.testing.assert_close(line, torch.stack([at_0, at_1 - at_0]), atol=0.02, rtol=0)
+
+
+def test_gaussian_noise_goes_with_its_velocity(generator):
+    x, t, d = batch(generator)
+    u = GAUSSIAN(x, t, 0 * d)
+    torch.testing.assert_close(
+        GAUSSIAN.noise(x, t), noise_from_velocity(x, u, t), atol=1e-13, rtol=0
+    )
+
+
+@pytest.mark.parametrize("path", ["linear", "vp-cosine", "vp-linear"])
+def test_gaussian_noise_is_the_conditional_mean_noise(generator, path):
+    x0, noise = torch.randn(2, 400_000, 1, generator=generator, dtype=torch.float64)
+    t = torch.full((len(x0),), 0.6, dtype=torch.float64)
+    x_t = interpolate(x0, 0.7 + 0.4 * noise, t, path)
+    design = torch.cat([torch.ones_like(x_t), x_t], 1)
+    line = torch.linalg.lstsq(design, x0).solution.flatten()
+    at_0, at_1 = GAUSSIAN.noise(torch.tensor([[0.0], [1.0]]).double(), t[:2], path).flatten()
+    torch.testing.assert_close(line, torch.stack([at_0, at_1 - at_0]), atol=0.02, rtol=0)
+
+
+def test_gaussian_straight_lines_join_the_ends_of_its_flow(generator):
+    x0, t, _ = batch(generator)
+    x1 = GAUSSIAN.flow_map(x0, 0 * t, 1 + 0 * t)
+    v = GAUSSIAN.straight(interpolate(x0, x1, t), t)
+    torch.testing.assert_close(v, velocity(x0, x1), atol=1e-12, rtol=0)
 
 
 def test_mixture_of_one_is_the_gaussian(generator):

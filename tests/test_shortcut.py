@@ -79,7 +79,7 @@ def test_every_level_gets_its_share(rows):
     counts = torch.zeros(7)
     shapes = set()
     for seed in range(400):
-        level = Shortcut().draw_levels(rows, torch.Generator().manual_seed(seed))
+        level = Shortcut(M=128).draw_levels(rows, torch.Generator().manual_seed(seed))
         shapes.add(level.shape)
         fixed = level[rows % 7 :]
         assert fixed.tolist() == sorted(fixed.tolist(), reverse=True)
@@ -122,7 +122,7 @@ def spied(objective, batch=64, seed=0, target_is_net=False):
 
 
 def test_rows_times_and_steps_are_as_the_method_says():
-    (call,), targets = spied(Shortcut(bootstrap_share=0.25, label_dropout=0.5))
+    (call,), targets = spied(Shortcut(M=128, bootstrap_share=0.25, label_dropout=0.5))
     x, t, d, cond = call
     assert (d[:16] > 0).all() and (d[16:] == 0).all()
     assert ((t[:16] / d[:16]) % 1 == 0).all() and (t[:16] + d[:16] <= 1).all()
@@ -141,20 +141,20 @@ def test_rows_times_and_steps_are_as_the_method_says():
 
 
 def test_target_network_is_the_ema_or_the_network_itself():
-    net_calls, ema_calls = spied(Shortcut())
+    net_calls, ema_calls = spied(Shortcut(M=128))
     assert (len(net_calls), len(ema_calls)) == (1, 2)
-    net_calls, ema_calls = spied(Shortcut(target_ema=None), target_is_net=True)
+    net_calls, ema_calls = spied(Shortcut(M=128, target_ema=None), target_is_net=True)
     assert (len(net_calls), len(ema_calls)) == (3, 0)
 
 
 def test_grid_times():
-    (call,), _ = spied(Shortcut(bootstrap_share=0.25, grid_times=True))
+    (call,), _ = spied(Shortcut(M=128, bootstrap_share=0.25, grid_times=True))
     assert ((call[1] * 128) % 1 == 0).all()
 
 
 def test_flow_rows_have_independent_noise():
     net = Spy()
-    Shortcut(bootstrap_share=0.5)(
+    Shortcut(M=128, bootstrap_share=0.5)(
         Models(net, Spy()), Batch(torch.zeros(64, 500)), 0.0, torch.Generator().manual_seed(0)
     )
     x, t, _, _ = net.calls[0]
@@ -166,7 +166,7 @@ def test_flow_rows_have_independent_noise():
 @pytest.mark.parametrize("batch", [8, 64, 128])
 @pytest.mark.parametrize("level", [None, 3])
 def test_guided_targets_ask_a_fixed_number_of_rows(batch, level):
-    objective = Shortcut(guidance=1.5, guidance_level=level)
+    objective = Shortcut(M=128, guidance=1.5, guidance_level=level)
     sizes = set()
     for seed in range(20):
         _, targets = spied(objective, batch, seed)
@@ -176,7 +176,7 @@ def test_guided_targets_ask_a_fixed_number_of_rows(batch, level):
 
 
 def test_guided_level_is_guided_whatever_row_it_falls_in():
-    objective = Shortcut(guidance=3.0)
+    objective = Shortcut(M=128, guidance=3.0)
 
     class Constant(Spy):
         def forward(self, x, t, d, cond=None):
@@ -197,11 +197,11 @@ def test_spec_says_what_was_trained():
     spec = Shortcut(M=32, guidance=1.5).spec(base)
     assert (spec.finest, spec.levels, spec.null_levels) == (32, (0, 1, 2, 3, 4, 5), (5,))
     assert (spec.guidance, spec.guided_levels) == (1.5, (0, 1, 2, 3, 4))
-    assert Shortcut(label_dropout=0).spec(base).null_levels == ()
+    assert Shortcut(M=128, label_dropout=0).spec(base).null_levels == ()
     with pytest.warns(UserWarning, match="level 2 ask the null label at level 3"):
-        Shortcut(guidance=1.5, guidance_level=2).spec(base)
+        Shortcut(M=128, guidance=1.5, guidance_level=2).spec(base)
     with pytest.raises(UserError, match="labels"):
-        Shortcut(guidance=1.5).spec(replace(base, num_classes=0))
+        Shortcut(M=128, guidance=1.5).spec(replace(base, num_classes=0))
 
 
 def test_presets_are_the_published_constants():
@@ -231,7 +231,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("field", [f.name for f in fields(Shortcut)])
 def test_every_field_changes_the_loss(field):
-    base = Shortcut(guidance=1.2) if field == "guidance_level" else Shortcut()
+    base = Shortcut(M=128, guidance=1.2) if field == "guidance_level" else Shortcut(M=128)
     net, shape = small_net("mlp")
     ema, _ = small_net("mlp", seed=1)
     x1 = torch.randn(24, *shape, generator=torch.Generator().manual_seed(0))
@@ -257,13 +257,13 @@ def test_bad_fields():
         with pytest.raises(UserError):
             Shortcut(**bad)
     with pytest.raises(UserError, match="at least 2 rows"):
-        Shortcut().bootstrap_rows(1)
+        Shortcut(M=128).bootstrap_rows(1)
 
 
 def test_losses_are_reported_by_level(generator):
     net, shape = small_net("mlp")
     x1 = torch.randn(64, *shape, generator=generator)
-    loss = Shortcut(bootstrap_share=0.5)(Models(net, net), Batch(x1), 0.0, generator)
+    loss = Shortcut(M=128, bootstrap_share=0.5)(Models(net, net), Batch(x1), 0.0, generator)
     names = ["loss/flow", "loss/d=1"] + [f"loss/d=1/{2**j}" for j in range(1, 7)]
     assert set(loss.metrics) == set(names)
     flow = loss.per_example[32:].mean()
@@ -273,6 +273,6 @@ def test_losses_are_reported_by_level(generator):
 def test_x_t_is_on_the_path(generator):
     net = Spy()
     x1, x0 = torch.ones(64, 3), torch.zeros(64, 3)
-    Shortcut()(Models(net, Spy()), Batch(x1, None, x0), 0.0, generator)
+    Shortcut(M=128)(Models(net, Spy()), Batch(x1, None, x0), 0.0, generator)
     x, t, _, _ = net.calls[0]
     torch.testing.assert_close(x, interpolate(x0, x1, t))

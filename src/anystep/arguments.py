@@ -39,11 +39,13 @@ def parse(cls: Any, args: Sequence[str], prog: str, default: Any = None) -> Any:
 
 def one_line(box: str) -> str:
     """The first paragraph of an error message drawn as a box, as one line."""
-    words = []
+    words: list[str] = []
     for line in box.splitlines()[1:]:
         text = line.strip("│╭╮╰╯ ")
-        if text and set(text) == {"─"}:
-            break
+        if text and set(text) <= set("─-"):  # a rule; dashes where the terminal is ASCII
+            if words:
+                break
+            continue
         words.append(text.strip("─ "))
     return " ".join(" ".join(words).split())
 

@@ -11,7 +11,7 @@ from anystep.data import DataConfig
 from anystep.errors import UserError
 from anystep.networks import NetworkConfig
 from anystep.objectives import Objective
-from anystep.registry import flatten, to_json
+from anystep.registry import differences, to_json
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class OptimizerConfig:
             raise UserError(f"optimizer.clip must be positive or None, not {self.clip}")
 
     def rate(self, step: int, steps: int) -> float:
-        """The learning rate of step `step` of `steps`, counted from 0."""
+        """The learning rate of step `step` of a phase of `steps`, counted from 0."""
         rate = self.lr * min(1.0, (step + 1) / (self.warmup + 1))
         if self.decay == "cosine":
             rate *= 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -93,6 +93,7 @@ class TrainConfig:
         objective: the method.
         optimizer: AdamW and its schedule.
         log: what is written on the way.
+        teacher: a run, checkpoint or model folder to learn from, for methods that have one.
         out: the run's folder.
         steps: number of training steps.
         batch: examples a step.
@@ -110,6 +111,7 @@ class TrainConfig:
     objective: Objective
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    teacher: Path | None = None
     out: Path = Path("runs/run")
     steps: int = 10_000
     batch: int = 128
@@ -131,19 +133,21 @@ class TrainConfig:
         if self.seed < 0:
             raise UserError(f"seed must be at least 0, not {self.seed}")
 
+    def phase(self, step: int) -> tuple[int, int]:
+        """The first step of the phase that step `step` belongs to, and how many it has."""
+        phases = self.objective.phases
+        index = step * phases // self.steps
+        first, end = (-(-k * self.steps // phases) for k in (index, index + 1))
+        return first, end - first
+
 
 # These may differ between a run and its continuation: they do not change the weights.
 FREE = ("out", "log.", "device")
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The fields, as "name: old -> new", in which two configs (JSON) are different runs."""
-    a, b = flatten(old), flatten(new)
-    return [
-        f"{key}: {a.get(key)} -> {b.get(key)}"
-        for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key) and not key.startswith(FREE)
-    ]
+    return [line for line in differences(old, new) if not line.startswith(FREE)]
 
 
 def config_json(config: TrainConfig) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from anystep.metrics import (
     variance_ratio,
 )
 from anystep.sampling import draw, may_guide, sample
-from anystep.spec import Model
+from anystep.spec import Model, Sampler
 
 REFERENCE = 10_000  # at most so many real examples; kernel and recall cost their square
 PIXELS = 2**28  # and at most so many numbers of them at once where pixels are compared
@@ -172,6 +172,7 @@ def generate(
     label: int | None = None,
     guidance: float = 1.0,
     force_guidance: bool = False,
+    sampler: Sampler | None = None,
     batch: int = 256,
     bar: Callable[[int], object] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -187,6 +188,7 @@ def generate(
         label: one class for all; uniformly random when None.
         guidance: see `anystep.sampling.sample`.
         force_guidance: likewise.
+        sampler: likewise.
         batch: samples a network call.
         bar: called with the number of samples just made.
     """
@@ -201,6 +203,8 @@ def generate(
             cond=None if cond is None else cond[i : i + batch].to(device),
             guidance=guidance,
             force_guidance=force_guidance,
+            sampler=sampler,
+            generator=seeded(seed, i, stream=1, device=device),
         )
         parts.append(x.clamp(-1, 1).cpu() if model.spec.data == "[-1, 1]" else x.cpu())
         if bar is not None:

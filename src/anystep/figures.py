@@ -102,6 +102,20 @@ def plot_quality(
     figure.savefig(path, dpi=120)
 
 
+def plot_curves(
+    path: Path, curves: Mapping[str, Mapping[str, Mapping[float, float]]], xlabel: str
+) -> None:
+    """Save panels of lines, panel -> line -> x -> y, with logarithmic y."""
+    figure, axes = _figure(max(len(curves), 1), 4.8)
+    for axis, (title, lines) in zip(axes, curves.items(), strict=False):
+        for name, line in lines.items():
+            axis.plot(list(line), list(line.values()), marker="o", ms=3, label=name)
+        axis.set(xlabel=xlabel, title=title, yscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
 def _figure(panels: int, side: float) -> tuple[Any, np.ndarray[Any, Any]]:
     """A figure with `panels` axes in one row, drawn without a window or global state."""
     from matplotlib.figure import Figure

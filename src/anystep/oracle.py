@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anystep.path import expand_to
+from anystep.path import PathName, coefficients, expand_to
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,20 @@ class Gaussian:
         """X(x, t, d) (B, *shape)."""
         t, r = expand_to(t, x), expand_to(t + d, x)
         return r * self.mean + self.scale(r) / self.scale(t) * (x - t * self.mean)
+
+    def noise(self, x: Tensor, t: Tensor, path: PathName = "linear") -> Tensor:
+        """E[x0 | x_t = x] (B, *shape) on a path of `anystep.path`: what diffusion predicts."""
+        alpha, sigma = coefficients(expand_to(t, x), path)
+        return sigma * (x - alpha * self.mean) / (sigma**2 + (alpha * self.std) ** 2)
+
+    def straight(self, x: Tensor, t: Tensor) -> Tensor:
+        """V (B, *shape) of the line through x at t from an x0 to X(x0, 0, 1): what reflow learns.
+
+        These lines, from x0 to mean + std x0, never cross.
+        """
+        t = expand_to(t, x)
+        x0 = (x - t * self.mean) / (1 - t + t * self.std)
+        return self.mean + (self.std - 1) * x0
 
 
 @dataclass(frozen=True)

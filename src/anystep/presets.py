@@ -15,6 +15,7 @@ from anystep.data.digits import Digits
 from anystep.data.fashion_mnist import FashionMNIST
 from anystep.data.folder import Folder
 from anystep.data.mixture import Mixture
+from anystep.data.pairs import Pairs
 from anystep.errors import UserError
 from anystep.networks.dit import DiTConfig
 from anystep.networks.mlp import MLPConfig
@@ -98,6 +99,21 @@ def vectors(objective: Objective) -> TrainConfig:
     )
 
 
+def pairs(objective: Objective) -> TrainConfig:
+    """Pairs made by `anystep pairs`; name their folder with --data.path."""
+    return TrainConfig(
+        data=Pairs(path=tyro.MISSING),
+        network=DiTConfig(patch=2, width=192, depth=6, heads=6),
+        objective=objective,
+        optimizer=OptimizerConfig(
+            lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup=100, decay="cosine"
+        ),
+        log=LogConfig(look_every=500),
+        steps=5000,
+        batch=128,
+    )
+
+
 def mixture(objective: Objective) -> TrainConfig:
     """Eight Gaussians in the plane, under a minute."""
     return TrainConfig(
@@ -114,7 +130,7 @@ def mixture(objective: Objective) -> TrainConfig:
 
 PRESETS: dict[str, Preset] = {
     preset.__name__.replace("_", "-"): preset
-    for preset in (digits, fashion_mnist, folder, arrays, vectors, mixture)
+    for preset in (digits, fashion_mnist, folder, arrays, vectors, pairs, mixture)
 }
 
 

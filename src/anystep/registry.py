@@ -130,3 +130,13 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The fields, as "name: old -> new", in which two JSON objects differ."""
+    a, b = flatten(old), flatten(new)
+    return [
+        f"{key}: {a.get(key)} -> {b.get(key)}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key)
+    ]

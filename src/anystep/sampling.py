@@ -1,13 +1,17 @@
-"""Sampling in any number of steps.
+"""Sampling in any number of steps, from x0 ~ N(0, I) at t = 0 to x1 at t = 1.
 
-    x <- x + d u(x, t, d)        from x0 ~ N(0, I) at t = 0 to x1 at t = 1
+| sampler     | a step of d from t                                         | arXiv      |
+|-------------|------------------------------------------------------------|------------|
+| euler       | x + d u(x, t, d)                                           | 2410.12557 |
+| consistency | x1 = x + (1 - t) u(x, t, 1 - t), then z fresh:             | 2303.01469 |
+|             | (1 - t - d) z + (t + d) x1                                 |            |
+| ddim        | x1 and x0 from the predicted noise, both carried to t + d  | 2010.02502 |
+| ancestral   | as ddim, but part of x0 is fresh (equation 16, eta = 1)    | 2010.02502 |
 
 For N a power of two up to M every step has size 1/N. For other N up to M the schedule is made of
 the two neighbouring sizes that were trained, each step starting at a multiple of itself, as in
 training: 3 = 1/2 1/4 1/4. Above M the steps are equal and the network is asked d = 0. A model
-that is always asked d = 0 takes equal steps at every N.
-
-Source: Frans et al. (arXiv 2410.12557), algorithm 2, for powers of two.
+that is not told the step takes equal steps at every N.
 """
 
 import warnings
@@ -19,11 +23,22 @@ from torch import Tensor
 
 from anystep.errors import UserError
 from anystep.guidance import guided
-from anystep.path import step
-from anystep.spec import Model, ModelSpec, Network
+from anystep.path import (
+    coefficients,
+    data_from_noise,
+    data_from_velocity,
+    expand_to,
+    interpolate,
+    noise_from_data,
+    step,
+)
+from anystep.spec import Model, ModelSpec, Network, Sampler, check_sampler
 
 Order = Literal["fine_first", "coarse_first", "spread"]
 Callback = Callable[[int, float, Tensor], None]
+STOCHASTIC = ("consistency", "ancestral")  # in more than one step x0 is not all that counts
+OWN_SEED = 2303_01469  # of noise added on the way; not one from which x0 is likely drawn
+Move = Callable[[Tensor, Tensor, Tensor, Tensor, ModelSpec, torch.Generator], Tensor]
 
 
 def schedule(
@@ -43,7 +58,7 @@ def schedule(
     if isinstance(steps, bool) or not isinstance(steps, SupportsIndex) or int(steps) < 1:
         raise UserError(f"steps must be a whole number of at least 1, not {steps!r}")
     spec, steps = spec or ModelSpec(), int(steps)
-    if spec.step_input == "zero" or steps > spec.finest:
+    if spec.step_input != "step" or steps > spec.finest:
         return [(i / steps, 1 / steps) for i in range(steps)]
     coarse = 2 ** (steps.bit_length() - 1)  # slots of size 1/coarse, some split in two
     split = steps - coarse
@@ -70,6 +85,8 @@ def sample(
     null_cond: Tensor | None = None,
     force_guidance: bool = False,
     order: Order = "coarse_first",
+    sampler: Sampler | None = None,
+    generator: torch.Generator | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """Carry noise x0 to data in `steps` network calls (more with guidance: rows, not calls).
@@ -77,8 +94,7 @@ def sample(
     Args:
         net: a `Model`, whose spec is kept to, or a bare network, which is asked the true step
             and otherwise treated as the paper's (M = 128).
-        x0: noise (B, *shape). All randomness is here: draw it with a generator (`draw`) and the
-            result is determined.
+        x0: noise (B, *shape); draw it with a generator (`draw`).
         steps: N >= 1; any whole number.
         cond: class ids (B,); None is the null label.
         guidance: classifier-free guidance strength, applied at the steps where the null label
@@ -86,36 +102,102 @@ def sample(
         null_cond: (B,), what stands for no condition; the network's own null label when None.
         force_guidance: apply guidance at every step, even untrained or on top of baked-in.
         order: see `schedule`.
+        sampler: a row of this module's table; the one of the model's spec when None.
+        generator: source, on the device of x0, of the noise that the consistency and ancestral
+            samplers add on the way; one of a fixed seed when None, so that x0 determines the
+            result.
         callback: called as callback(k, t, x) with the state after step k = 1..N, at time t.
 
     Returns:
         (B, *shape).
 
     Raises:
-        UserError: a bad step count or label, or guidance without a condition.
+        UserError: a bad step count or label, guidance without a condition, or a sampler that
+            does not fit what the model predicts.
     """
     spec = net.spec if isinstance(net, Model) else ModelSpec()
+    sampler = sampler or spec.sampler
+    check_sampler(spec, sampler)
+    move = MOVES[sampler]
+    generator = generator or torch.Generator(x0.device).manual_seed(OWN_SEED)
     grid = schedule(steps, spec, order)
     if isinstance(net, Model):
         check_request(spec, x0, cond)
-    guide = [guidance != 1 and (force_guidance or may_guide(spec, d)) for _, d in grid]
-    explain(spec, [d for _, d in grid], guidance, guide)
+    asked = [1 - t if sampler == "consistency" else d for t, d in grid]
+    guide = [guidance != 1 and (force_guidance or may_guide(spec, d)) for d in asked]
+    explain(spec, asked, guidance, guide)
     if any(guide) and null_cond is None and cond is not None:
         null = getattr(net, "null_label", None)
         null_cond = None if null is None else torch.full_like(cond, null)
 
     x = x0
-    times = torch.tensor(grid, device=x0.device, dtype=x0.dtype)
-    for k, (t, d) in enumerate(times.unbind()):
-        t, d = t.expand(len(x)), d.expand(len(x))
+    rows = [(*step, size) for step, size in zip(grid, asked, strict=True)]
+    for k, times in enumerate(torch.tensor(rows, device=x0.device, dtype=x0.dtype)):
+        t, d, size = times[:, None].expand(-1, len(x))
         if guide[k]:
-            u = guided(net, x, t, d, cond, guidance=guidance, null_cond=null_cond)
+            u = guided(net, x, t, size, cond, guidance=guidance, null_cond=null_cond)
         else:
-            u = net(x, t, d, cond)
-        x = step(x, u, d)
+            u = net(x, t, size, cond)
+        x = move(x, u, t, d, spec, generator)
         if callback is not None:
             callback(k + 1, sum(grid[k]), x)
     return x
+
+
+def euler(
+    x: Tensor, u: Tensor, t: Tensor, d: Tensor, spec: ModelSpec, generator: torch.Generator
+) -> Tensor:
+    """Along u for a step of d."""
+    return step(x, u, d)
+
+
+def consistency(
+    x: Tensor, u: Tensor, t: Tensor, d: Tensor, spec: ModelSpec, generator: torch.Generator
+) -> Tensor:
+    """To the end, then back to t + d with fresh noise (Song et al., algorithm 1)."""
+    x1 = bounded(data_from_velocity(x, u, t), spec.bound)
+    return interpolate(fresh(x, generator), x1, t + d)
+
+
+def ddim(
+    x: Tensor, u: Tensor, t: Tensor, d: Tensor, spec: ModelSpec, generator: torch.Generator
+) -> Tensor:
+    """The predicted data, and the noise that goes with them, mixed as they are at t + d."""
+    x1 = bounded(data_from_noise(x, u, t, spec.path), spec.bound)
+    x0 = noise_from_data(x, x1, t, spec.path)
+    return interpolate(x0, x1, t + d, spec.path)
+
+
+def ancestral(
+    x: Tensor, u: Tensor, t: Tensor, d: Tensor, spec: ModelSpec, generator: torch.Generator
+) -> Tensor:
+    """As `ddim`, with as much of the noise fresh as the diffusion's own posterior has."""
+    x1 = bounded(data_from_noise(x, u, t, spec.path), spec.bound)
+    x0 = noise_from_data(x, x1, t, spec.path)
+    (alpha, sigma), (alpha_s, sigma_s) = (
+        coefficients(expand_to(time, x), spec.path) for time in (t, t + d)
+    )
+    share = sigma_s / sigma * (1 - (alpha / alpha_s) ** 2).clamp(min=0).sqrt()  # eq. 16, eta = 1
+    kept = (sigma_s**2 - share**2).clamp(min=0).sqrt()
+    return alpha_s * x1 + kept * x0 + share * fresh(x, generator)
+
+
+MOVES: dict[str, Move] = {
+    "euler": euler,
+    "consistency": consistency,
+    "ddim": ddim,
+    "ancestral": ancestral,
+}
+
+
+def bounded(x1: Tensor, bound: float | None) -> Tensor:
+    """Predicted data within [-bound, bound]; unchanged without a bound."""
+    return x1 if bound is None else x1.clamp(-bound, bound)
+
+
+def fresh(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Noise shaped like x."""
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
 def draw(
@@ -159,10 +241,11 @@ def check_request(spec: ModelSpec, x0: Tensor, cond: Tensor | None) -> None:
 
 def explain(spec: ModelSpec, sizes: list[float], guidance: float, guide: list[bool]) -> None:
     """Warn of steps that were never trained and of guidance that is left out."""
-    untrained = {d for d in sizes if spec.level(d) not in spec.levels}
+    untrained = sorted({d for d in sizes if spec.level(d) not in spec.levels})
     if untrained:
+        more = ", ..." if len(untrained) > 3 else ""
         warnings.warn(
-            f"steps of size {', '.join(map(str, sorted(untrained)))} were never trained",
+            f"steps of size {', '.join(map(str, untrained[:3]))}{more} were never trained",
             stacklevel=3,
         )
     if guidance == 1 or all(guide):

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from anystep import checkpoint, ema
-from anystep.config import TrainConfig, config_json, differences, pick_device
+from anystep.config import TrainConfig, changes, config_json, pick_device
 from anystep.data import Order, Splits, mirror, seeded
 from anystep.errors import UserError
 from anystep.log import MetricsLog
-from anystep.objectives import Batch, Models
+from anystep.objectives import Batch
+from anystep.registry import name_of
 from anystep.report import Look
 from anystep.spec import Model
-from anystep.state import State, initial_state, save
+from anystep.state import State, initial_state, load_teacher, save
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -48,17 +49,21 @@ def train(config: TrainConfig, *, bar: bool = True) -> bool:
     """
     device = pick_device(config.device)
     splits = config.data.load()
+    check_method(config, splits)
     state = initial_state(config, splits, device)
+    found = checkpoint.checkpoints(config.out)
+    if not found:
+        load_teacher(state, config)
     open_run(config)
     checkpoint.sweep(config.out)
-    found = checkpoint.checkpoints(config.out)
     if found:
         state.restore(found[-1])
     if state.step >= config.steps:
         return True
 
     order = Order(len(splits.train), config.batch, config.seed)
-    look = Look(config.log, splits, config.out, device)
+    reference = config.data.reference(splits) if config.log.look_every else splits
+    look = Look(config.log, reference, config.out, device)
     history: list[dict[str, Tensor]] = []
     with (
         interruptible() as stop,
@@ -67,6 +72,8 @@ def train(config: TrainConfig, *, bar: bool = True) -> bool:
     ):
         clock, done = time.perf_counter(), False
         while not done:
+            if state.step == config.phase(state.step)[0]:
+                state.begin_phase(config)
             generator = seeded(config.seed, state.step, device=device)
             batch = load_batch(config, splits, order(state.step), generator, device)
             history.append(training_step(state, batch, config, generator))
@@ -83,6 +90,7 @@ def train(config: TrainConfig, *, bar: bool = True) -> bool:
                 metrics = summarise(history, state.step, config)
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
                 metrics["examples_per_second"] = len(history) * config.batch / seconds
+                metrics["forwards"] = state.counter.rows
                 log.write(state.step, metrics)
                 progress.set_postfix_str(short(metrics), refresh=False)
                 history.clear()
@@ -94,6 +102,20 @@ def train(config: TrainConfig, *, bar: bool = True) -> bool:
     return state.step >= config.steps
 
 
+def check_method(config: TrainConfig, splits: Splits) -> None:
+    """Raise `UserError` when a teacher or pairs are missing, or a teacher is not wanted."""
+    wanted, method = config.objective.TEACHER, name_of(config.objective)
+    if wanted == "required" and config.teacher is None:
+        raise UserError(f"{method} learns from a trained model: name it with --teacher RUN")
+    if wanted == "none" and config.teacher is not None:
+        raise UserError(f"{method} has no teacher; leave --teacher out")
+    if config.objective.PAIRS and splits.train.x0 is None:
+        raise UserError(
+            f"{method} learns from pairs of noise and data: anystep pairs RUN --out FOLDER makes "
+            "them, anystep train pairs --data.path FOLDER trains on them"
+        )
+
+
 def open_run(config: TrainConfig) -> None:
     """Make the run's folder, or check that the one there is of the same config.
 
@@ -102,7 +124,7 @@ def open_run(config: TrainConfig) -> None:
     """
     path, new = config.out / CONFIG, config_json(config)
     if path.exists():
-        changed = differences(checkpoint.read_json(path), new)
+        changed = changes(checkpoint.read_json(path), new)
         if changed:
             raise UserError(
                 f"{config.out} is a run of another config ({'; '.join(changed)}): "
@@ -120,10 +142,16 @@ def load_batch(
     device: torch.device,
 ) -> Batch:
     """The examples `rows` on the device, mirrored at random if the config says so."""
-    x1, cond = splits.train.batch(rows)
-    x1 = x1.to(device, non_blocking=True)
-    cond = None if cond is None else cond.to(device, non_blocking=True)
-    return Batch(mirror(x1, generator) if config.flip else x1, cond)
+    x1, cond, x0 = (
+        None if column is None else column.to(device, non_blocking=True)
+        for column in (*splits.train.batch(rows), splits.train.noise(rows))
+    )
+    assert x1 is not None
+    if config.flip and x0 is not None:  # a pair is mirrored as one
+        x1, x0 = mirror(torch.cat([x1, x0], 1), generator).chunk(2, 1)
+    elif config.flip:
+        x1 = mirror(x1, generator)
+    return Batch(x1, cond, x0)
 
 
 def training_step(
@@ -131,14 +159,14 @@ def training_step(
 ) -> dict[str, Tensor]:
     """One update of weights and averages; returns scalars, still on the device."""
     net, optimizer = state.model.net, state.optimizer
+    first, length = config.phase(state.step)
+    age = state.step - first
     for group in optimizer.param_groups:
-        group["lr"] = config.optimizer.rate(state.step, config.steps)
+        group["lr"] = config.optimizer.rate(age, length)
     parts = []
     for part in split_batch(batch, config.accumulate):
         with autocast(config, batch.x1.device):
-            loss = config.objective(
-                Models(net, state.target), part, state.step / config.steps, generator
-            )
+            loss = config.objective(state.models, part, state.step / config.steps, generator)
         total = loss.per_example.sum() / len(batch.x1)
         total.backward()  # type: ignore[no-untyped-call]
         parts.append({"loss": loss.per_example.detach().mean()} | loss.metrics)
@@ -146,11 +174,11 @@ def training_step(
     norm = nn.utils.clip_grad_norm_(net.parameters(), bound)
     optimizer.step()
     optimizer.zero_grad()
-    ema.update(state.average, net, ema.warmed_up(config.ema, state.step))
+    ema.update(state.average, net, ema.warmed_up(config.ema, age))
     if state.target is not None:
         decay = config.objective.target_ema
         assert decay is not None
-        ema.update(state.target, net, ema.warmed_up(decay, state.step))
+        ema.update(state.target, net, ema.warmed_up(decay, age))
     return mean_of(parts) | {"grad_norm": norm.detach()}
 
 
@@ -202,7 +230,8 @@ def summarise(
         )
     means = dict(zip(names, table.nanmean(0).tolist(), strict=True))
     means = {k: v for k, v in means.items() if not math.isnan(v)}
-    return means | {"lr": config.optimizer.rate(step - 1, config.steps)}
+    first, length = config.phase(step - 1)
+    return means | {"lr": config.optimizer.rate(step - 1 - first, length)}
 
 
 def short(metrics: Mapping[str, float]) -> str:

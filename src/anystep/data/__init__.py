@@ -6,7 +6,7 @@ returns the training split and a held-out split that training never sees.
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar, Literal, NamedTuple
 
@@ -26,11 +26,15 @@ class Dataset:
             scale.
         labels: int64 class ids (N,), or None.
         class_names: one name a class; empty when there are no labels.
+        x0: the noise (N, *shape) that belongs to each example, or None; float32.
+        guidance: strength of the guidance with which a model made the examples; 1 is none.
     """
 
     x: Tensor
     labels: Tensor | None = None
     class_names: tuple[str, ...] = ()
+    x0: Tensor | None = None
+    guidance: float = 1.0
 
     def __len__(self) -> int:
         return len(self.x)
@@ -53,9 +57,9 @@ class Dataset:
         return "[-1, 1]" if image and bounded else "raw"
 
     def digest(self) -> str:
-        """A hash of all examples, labels and the number of classes."""
+        """A hash of all examples, labels, noises and the number of classes."""
         digest = hashlib.sha256(f"{self.num_classes}".encode())
-        for tensor in (self.x, self.labels):
+        for tensor in (self.x, self.labels, self.x0):
             if tensor is not None:
                 digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.contiguous().numpy().data)
@@ -68,10 +72,14 @@ class Dataset:
             x = x.float() / 127.5 - 1
         return x, None if self.labels is None else self.labels[rows]
 
+    def noise(self, rows: Tensor | slice) -> Tensor | None:
+        """The noise that belongs to the examples of `batch(rows)`, if any does."""
+        return None if self.x0 is None else self.x0[rows]
+
     def rows(self, index: Tensor) -> "Dataset":
         """The dataset made of the rows `index`."""
-        labels = None if self.labels is None else self.labels[index]
-        return Dataset(self.x[index], labels, self.class_names)
+        labels, x0 = (None if a is None else a[index] for a in (self.labels, self.x0))
+        return replace(self, x=self.x[index], labels=labels, x0=x0)
 
 
 class Splits(NamedTuple):
@@ -94,6 +102,10 @@ class DataConfig(ABC):
         Raises:
             UserError: what is missing or unreadable, and what to do about it, in one line.
         """
+
+    def reference(self, splits: Splits) -> Splits:
+        """The data that samples are judged against; `splits`, which `load` gave, as a rule."""
+        return splits
 
 
 BASE = DataConfig

@@ -29,12 +29,15 @@ class Arrays(DataConfig):
         x_key: name of the examples in an .npz.
         labels_key: name of the labels in an .npz; if it is "labels" and there is no such array,
             there are no labels.
+        x0_key: name of the noises that belong to the examples, of the same shape, in an .npz;
+            if it is "x0" and there is no such array, there are none.
         held_out: share of the examples kept apart, in [0, 1).
     """
 
     path: Path
     x_key: str = "x"
     labels_key: str = "labels"
+    x0_key: str = "x0"
     held_out: float = 0.1
 
     def load(self) -> Splits:
@@ -45,14 +48,15 @@ class Arrays(DataConfig):
         """
         arrays = self._read()
         x = _examples(arrays[self.x_key])
+        x0 = _noise(arrays[self.x0_key], tuple(x.shape)) if self.x0_key in arrays else None
         if self.labels_key not in arrays:
-            return split(Dataset(x), self.held_out)
+            return split(Dataset(x, x0=x0), self.held_out)
         labels = _labels(arrays[self.labels_key], len(x))
         names = tuple(str(k) for k in range(int(labels.max()) + 1))
-        return split(Dataset(x, labels, names), self.held_out)
+        return split(Dataset(x, labels, names, x0), self.held_out)
 
     def _read(self) -> dict[str, Any]:
-        """The examples and, if any, the labels, by their keys."""
+        """The examples and, if any, the labels and noises, by their keys."""
         if self.path.suffix.lower() not in (".npz", ".npy"):
             raise UserError(f"{self.path} is neither .npz nor .npy; write it with numpy.savez")
         if not self.path.is_file():
@@ -66,8 +70,8 @@ class Arrays(DataConfig):
                 f"cannot read {self.path}: it is damaged, or holds pickled objects, which are "
                 "never loaded; write plain arrays of numbers with numpy.savez"
             ) from None
-        for key in (self.x_key, self.labels_key):
-            if key not in arrays and key != Arrays.labels_key:
+        for key in (self.x_key, self.labels_key, self.x0_key):
+            if key not in arrays and key not in (Arrays.labels_key, Arrays.x0_key):
                 raise UserError(unknown(f"array in {self.path}", key, known))
         return arrays
 
@@ -77,7 +81,7 @@ class Arrays(DataConfig):
         if isinstance(loaded, np.ndarray):
             return [self.x_key], {self.x_key: loaded}
         with loaded:
-            keys = {self.x_key, self.labels_key} & set(loaded.files)
+            keys = {self.x_key, self.labels_key, self.x0_key} & set(loaded.files)
             return loaded.files, {key: np.asarray(loaded[key]) for key in keys}
 
 
@@ -106,12 +110,23 @@ def _check_channels_first(x: NDArray[Any]) -> None:
         )
 
 
-def _floats(x: NDArray[Any]) -> Tensor:
+def _noise(x0: NDArray[Any], shape: tuple[int, ...]) -> Tensor:
+    """Check the noises that belong to examples (N, *shape): float32 of the same shape."""
+    x0 = x0[:, None] if x0.ndim == len(shape) - 1 == 3 else x0
+    if x0.shape != shape or x0.dtype.kind != "f":
+        raise UserError(f"x0 is {x0.dtype} {x0.shape}; store floats of the shape of x: {shape}")
+    return _floats(x0, "x0")
+
+
+def _floats(x: NDArray[Any], name: str = "x") -> Tensor:
+    """Float32 numbers, all finite."""
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes Inf, reported below
         x = np.ascontiguousarray(x, np.float32)
     finite = np.isfinite(x).reshape(len(x), -1).all(axis=1)
     if not finite.all():
-        raise UserError(f"row {finite.argmin()} of x holds NaN or Inf; mend it or leave it out")
+        raise UserError(
+            f"row {finite.argmin()} of {name} holds NaN or Inf; mend it or leave it out"
+        )
     # Values of either sign may be latents, whose scale is their own affair.
     if x.ndim == 4 and x.min() >= 0 and x.max() > 10:
         raise UserError(

@@ -5,17 +5,20 @@ An objective is a frozen dataclass of hyperparameters, called once a training st
     objective(models, batch, progress, generator) -> Loss
 
 It draws everything from `generator`, never changes its inputs, and returns the loss of every
-example; reduction, gradients and logging are the training loop's. See docs/add-an-objective.md.
+example; reduction, gradients and logging are the training loop's. Networks are asked the true
+step; a `Model` around a network translates it to what its spec allows. See
+docs/add-an-objective.md.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from anystep.spec import ModelSpec, Network
+from anystep.errors import UserError
+from anystep.spec import ModelSpec, Network, finest_level
 
 
 class Models(NamedTuple):
@@ -49,18 +52,79 @@ class Loss(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective(ABC):
-    """Base of every objective."""
+    """Base of every objective.
+
+    Attributes:
+        PACKAGE: where objectives are found.
+        TEACHER: whether there is a trained network to learn from: "none", "optional" or
+            "required". Its weights start the student (`start`).
+        PAIRS: whether batches must hold x0.
+        BIAS: the field along which a bias of the method vanishes and the order at which it
+            does, if the exact u is not a fixed point; `tests/test_objectives.py` measures it.
+    """
 
     PACKAGE: ClassVar[str] = "anystep.objectives"
+    TEACHER: ClassVar[Literal["none", "optional", "required"]] = "none"
+    PAIRS: ClassVar[bool] = False
+    BIAS: ClassVar[tuple[str, int] | None] = None
 
     @property
     def target_ema(self) -> float | None:
         """Decay of the EMA network that makes targets; None when none is needed."""
         return None
 
+    @property
+    def phases(self) -> int:
+        """Into how many equal phases a run is cut.
+
+        With each, the warm-up of the EMAs and the schedule of the rate start again.
+        """
+        return 1
+
+    @property
+    def keep_optimizer(self) -> bool:
+        """Whether the optimizer's moments outlive a phase."""
+        return True
+
+    def phase(self, progress: float) -> int:
+        """The phase, from 0, at `progress` in [0, 1)."""
+        return int(progress * self.phases + 1e-9)  # 3 steps of 21 are a whole phase of 7
+
     @abstractmethod
     def spec(self, base: ModelSpec) -> ModelSpec:
         """What a network trained by this objective may be asked; `base` describes the data."""
+
+    def check_teacher(self, teacher: ModelSpec) -> None:
+        """Raise `UserError` unless the objective can learn from a model of this spec.
+
+        Here: one that knows the velocity of the linear path at d = 0.
+        """
+        if teacher.predicts != "u" or teacher.path != "linear" or teacher.sampler != "euler":
+            raise UserError(
+                f"a teacher must be a velocity model of the linear path, such as flow_matching; "
+                f"this one predicts {teacher.predicts} on the {teacher.path} path and is sampled "
+                f"by {teacher.sampler}"
+            )
+        finest = teacher.finest
+        if finest_level(finest) not in teacher.levels or not teacher.in_regime(finest):
+            raise UserError("this teacher was not trained at d = 0, where its velocity is asked")
+
+    @staticmethod
+    def check_guidance(teacher: ModelSpec, guidance: float) -> None:
+        """Raise `UserError` unless a teacher can be guided at d = 0 with this strength."""
+        if guidance != 1 and finest_level(teacher.finest) not in teacher.null_levels:
+            raise UserError(
+                f"guidance {guidance} needs a teacher trained with label_dropout, "
+                "so that it knows its null label"
+            )
+
+    def start(self, models: Models) -> None:
+        """Before the first step: student := teacher, where there is one."""
+        if models.teacher is not None:
+            copy_weights(models.teacher, models.net)
+
+    def advance(self, models: Models, progress: float) -> None:  # noqa: B027 - most have no phases
+        """At the start of every later phase, before its first step."""
 
     @abstractmethod
     def __call__(
@@ -70,6 +134,12 @@ class Objective(ABC):
 
 
 BASE = Objective
+
+
+def copy_weights(source: Network | None, to: Network | None) -> None:
+    """To := source, for two modules of the same shape."""
+    assert isinstance(source, nn.Module) and isinstance(to, nn.Module)
+    to.load_state_dict(source.state_dict())
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:

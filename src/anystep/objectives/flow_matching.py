@@ -51,7 +51,14 @@ class FlowMatching(Objective):
         """D is always 0; any number of steps; guidance allowed where labels were dropped."""
         finest = (finest_level(self.M),)
         null = finest if self.label_dropout and base.num_classes else ()
-        return replace(base, step_input="zero", finest=self.M, levels=finest, null_levels=null)
+        return replace(
+            base,
+            step_input="zero",
+            finest=self.M,
+            levels=finest,
+            null_levels=null,
+            claims=(self.M // 4, None),
+        )
 
     def __call__(
         self, models: Models, batch: Batch, progress: float, generator: torch.Generator

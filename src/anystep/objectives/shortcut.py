@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from anystep.errors import UserError
-from anystep.guidance import check_label_dropout, drop_condition, guided, null_condition
+from anystep.guidance import check_label_dropout, drop_condition, null_condition
 from anystep.objectives import (
     Batch,
     Loss,
@@ -34,60 +34,9 @@ from anystep.objectives import (
     squared_error,
     uniform_times,
 )
-from anystep.path import interpolate, step, velocity
-from anystep.spec import ModelSpec, Network, finest_level
-
-
-@torch.no_grad()
-def two_step_target(
-    net: Network,
-    x_t: Tensor,
-    t: Tensor,
-    d: Tensor,
-    cond: Tensor | None,
-    *,
-    guidance: float | Tensor = 1.0,
-    null_cond: Tensor | None = None,
-    guided_rows: Tensor | None = None,
-    clip_midpoint: float | None = None,
-    clip_target: float | None = None,
-) -> Tensor:
-    """The target for a step of size d: the mean velocity of two steps of d/2 (eq. 4).
-
-    Args:
-        net: the network asked, usually an EMA; no gradient flows.
-        x_t: (B, *shape).
-        t: (B,), the start of the step.
-        d: (B,), the size of the whole step.
-        cond: class ids (B,) or None.
-        guidance: strength of guidance in both half-steps, a number or (B,); 1 is none.
-        null_cond: (B,), what stands for no condition; needed for guidance.
-        guided_rows: boolean (B,), the rows to which guidance applies; all when None.
-        clip_midpoint: bound on the magnitude of the point between the half-steps.
-        clip_target: bound on the magnitude of the target.
-
-    Returns:
-        (B, *shape).
-    """
-
-    def ask(x: Tensor, t: Tensor) -> Tensor:
-        if plain:
-            return net(x, t, half, cond)
-        return guided(
-            net, x, t, half, cond, guidance=guidance, null_cond=null_cond, rows=guided_rows
-        )
-
-    plain = torch.as_tensor(guidance).ndim == 0 and guidance == 1
-    half = d / 2
-    u_1 = ask(x_t, t)
-    midpoint = clip(step(x_t, u_1, half), clip_midpoint)
-    u_2 = ask(midpoint, t + half)
-    return clip((u_1 + u_2) / 2, clip_target)
-
-
-def clip(x: Tensor, bound: float | None) -> Tensor:
-    """Bound x to [-bound, bound]; unchanged when there is no bound."""
-    return x if bound is None else x.clamp(-bound, bound)
+from anystep.objectives._two_steps import two_step_target as two_step_target
+from anystep.path import interpolate, velocity
+from anystep.spec import ModelSpec, finest_level
 
 
 @dataclass(frozen=True)
@@ -95,7 +44,8 @@ class Shortcut(Objective):
     """The shortcut objective; how the defaults were found: results/digits.
 
     Attributes:
-        M: the finest number of steps, a power of two.
+        M: the finest number of steps, a power of two; the paper's is 128. Fewer levels leave
+            more rows for each, and for the flow.
         bootstrap_share: share of the batch's rows that are bootstrap rows, in [0, 1).
         target_ema: decay of the EMA that makes targets; None uses the network itself.
         guidance: strength of the guidance inside targets; 1 is none.
@@ -110,8 +60,8 @@ class Shortcut(Objective):
 
     VARIANTS: ClassVar[dict[str, Callable[[], "Shortcut"]]]
 
-    M: int = 128
-    bootstrap_share: float = 0.15
+    M: int = 32
+    bootstrap_share: float = 0.125
     target_ema: float | None = 0.95
     guidance: float = 1.0
     guidance_level: int | None = None
@@ -141,12 +91,13 @@ class Shortcut(Objective):
     @classmethod
     def paper(cls) -> "Shortcut":
         """As published: a quarter of bootstrap rows, one EMA of 0.999, t uniform."""
-        return cls(bootstrap_share=0.25, target_ema=0.999)
+        return cls(M=128, bootstrap_share=0.25, target_ema=0.999)
 
     @classmethod
     def authors(cls) -> "Shortcut":
         """As the authors' code does by default: an eighth, clip at 4, t on the grid."""
         return cls(
+            M=128,
             bootstrap_share=0.125,
             target_ema=0.999,
             clip=4.0,
