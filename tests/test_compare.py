@@ -78,7 +78,7 @@ def test_all_spend_the_same_compute(done):
 
 
 def test_only_what_a_method_claims_is_outside_parentheses(done):
-    made, results, _ = done
+    _, results, _ = done
     scores = {}
     for entry, result in results.items():
         scores.setdefault(entry.label, []).append(result)
@@ -118,6 +118,12 @@ def test_the_sweep_chooses_what_scored_best(done):
     assert len(made.tried("shortcut")) == 2 and len(made.tried("reflow")) == 2 + 2
     quarter = json.loads(next((made.config.out / "scores").glob("sweep-shortcut*")).read_text())
     assert quarter["made_by"]["budget"] == BUDGET / 4
+
+
+def test_without_a_choice_nothing_is_swept(tmp_path):
+    made = comparison(tmp_path, rates=(2.0,))
+    assert made.choose("shortcut").rate == 2 * base().optimizer.lr
+    assert not (tmp_path / "scores").exists()
 
 
 def test_what_is_finished_is_not_done_again(done, monkeypatch):

@@ -221,6 +221,8 @@ class Comparison:
         splits = PAIR_SPLITS if own.PAIRS else SPLITS if own.TEACHER != "none" else (Split(),)
         rates = [self.base.optimizer.lr * factor for factor in self.config.rates]
         firsts = [Choice(rate, splits[0]) for rate in rates]
+        if len(rates) == len(splits) == 1:
+            return [(firsts[0], math.nan)]  # nothing to choose from
         tried = [(choice, self.swept(method, choice)) for choice in firsts]
         rate = min(tried, key=lambda pair: pair[1])[0].rate
         others = [Choice(rate, split) for split in splits[1:]]
