@@ -277,10 +277,10 @@ def test_a_refused_request_leaves_nothing_that_a_good_one_stumbles_over(
 
 def test_guidance_that_would_be_left_out_is_refused(teacher, tmp_path):
     out = tmp_path / "pairs"
-    shortcut = teacher(Shortcut())
+    shortcut = teacher(Shortcut(M=8))
     message = complaint(make, shortcut, out, guidance=2.0)
-    assert "guidance 2.0 does not reach all 3 steps: take 128 steps or more" in message
-    assert make(shortcut, out, n=1, steps=128, guidance=2.0) == 256
+    assert "guidance 2.0 does not reach all 3 steps: take 8 steps or more" in message
+    assert make(shortcut, out, n=1, steps=8, guidance=2.0) == 16
     never = teacher(FlowMatching(label_dropout=0), "never")
     assert "null label was not trained" in complaint(make, never, out, guidance=2.0)
     unconditional = teacher(name="none", data=replace(DATA, labels=False))
@@ -418,8 +418,8 @@ def test_from_a_teacher_to_a_student_that_is_judged_by_the_teachers_data(run, tm
 def test_mistakes_with_pairs_are_one_line(run, teacher, tmp_path):
     folder, out = teacher(), tmp_path / "pairs"
     pairs = ["pairs", folder, "--device", "cpu"]
-    refused(run(*pairs), "Missing from anystep pairs: --out PATH")
-    refused(run("pairs", "--out", out), "Missing from anystep pairs: PATH the teacher")
+    refused(run(*pairs), "anystep: Missing from anystep pairs: --out PATH")
+    refused(run("pairs", "--out", out), "anystep: Missing from anystep pairs: PATH the")
     refused(run(*pairs, "--out", out, "--n", 0), "n must be at least 1 pair, not 0")
     refused(run(*pairs, "--out", out, "--steps", 0), "at least 1, not 0")
     refused(run(*pairs, "--out", out, "--step", 1), "did you mean '--steps'?")

@@ -414,6 +414,25 @@ def test_noise_on_the_way_is_not_the_noise_of_the_start(seed):
     assert (fresh - x0).abs().max() > 1
 
 
+def test_generated_samples_have_noise_of_their_own_on_the_way():
+    class Still(OracleModule):
+        def forward(self, x, t, d, cond=None):
+            return torch.zeros_like(x)
+
+    def noises(seed):
+        """x0 and the z of two steps, from x = (x0 + z) / 2."""
+        x, _ = generate(
+            Model(Still(), FLOW), 6, steps=2, seed=seed, sampler="consistency", batch=3
+        )
+        x0, _ = generate(Model(Still(), FLOW), 6, steps=2, seed=seed, batch=3)
+        return x0, 2 * x - x0
+
+    (x0, z), (_, other) = noises(0), noises(1)
+    parts = [*x0.split(3), *z.split(3), *other.split(3)]
+    for k, a in enumerate(parts):
+        assert all((a - b).abs().max() > 0.1 for b in parts[:k])
+
+
 @pytest.mark.parametrize(("sampler", "model"), NOISY)
 def test_the_same_seed_generates_the_same_samples(sampler, model):
     a, b, c = (
@@ -479,7 +498,9 @@ def test_a_flag_is_raised_below_the_finest_step_count_only():
     spec = replace(SHORTCUT, step_input="flag", finest=8, levels=(0, 3), null_levels=(3,))
     for steps in (1, 2, 3, 5, 7, 8, 9, 20):
         net = Recorder()
-        sample(Model(net, spec), noise(2).float(), steps=steps)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            sample(Model(net, spec), noise(2).float(), steps=steps)
         assert [d for _, d in net.asked] == [float(steps < 8)] * steps
         assert [t for t, _ in net.asked] == pytest.approx([k / steps for k in range(steps)])
         assert schedule(steps, spec) == [(k / steps, 1 / steps) for k in range(steps)]

@@ -118,7 +118,8 @@ def other_metrics(scores: Scores, steps: Sequence[int]) -> Iterator[str]:
             for key in used
             for n in ends
         ]
-        yield f"| {label} | {' | '.join([*cells, spread([r['gap'] for r in results])])} |"
+        gaps = [r["gap"] for r in results if r["gap"] is not None]
+        yield f"| {label} | {' | '.join([*cells, spread(gaps)])} |"
 
 
 def sweep(comparison: Comparison) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """Counting compute: rows that pass through networks, a backward as two forwards.
 
 The count is made by hooks around the networks, not from a formula, so targets, teachers,
-simulations, guidance and the making of pairs are all in it.
+simulations and guidance are all in it. A run counts its own networks; what its teacher took
+before, and pairs, were counted when they were made.
 """
 
 from typing import Any

@@ -32,7 +32,7 @@ from anystep.metrics import (
     train_classifier,
     variance_ratio,
 )
-from anystep.sampling import draw, may_guide, sample
+from anystep.sampling import STOCHASTIC, draw, may_guide, sample
 from anystep.spec import Model, Sampler
 
 REFERENCE = 10_000  # at most so many real examples; kernel and recall cost their square
@@ -247,8 +247,13 @@ def evaluate(
     return rows
 
 
-def semigroup_gap(model: Model, n: int = 512, seed: int = 0) -> float:
-    """Mean of || X(x0, 0, 1) - X(X(x0, 0, 1/2), 1/2, 1/2) ||: one step against two."""
+def semigroup_gap(model: Model, n: int = 512, seed: int = 0) -> float | None:
+    """Mean of || X(x0, 0, 1) - X(X(x0, 0, 1/2), 1/2, 1/2) ||: one step against two.
+
+    None for a model whose sampler adds noise between them.
+    """
+    if model.spec.sampler in STOCHASTIC:
+        return None
     device = next(model.parameters()).device
     x0, cond = draw(model.spec, n, seeded(seed, 0))
     x0, cond = x0.to(device), None if cond is None else cond.to(device)

@@ -49,7 +49,8 @@ def write_report(
     rows = [floor] if floor else []
     for name, model in models.items():
         rows += evaluate(name, model, judge, steps=steps, n=n, seed=seed)
-    gaps = {name: semigroup_gap(model) for name, model in models.items()}
+    measured = {name: semigroup_gap(model) for name, model in models.items()}
+    gaps = {name: gap for name, gap in measured.items() if gap is not None}
     notes = [
         f"{n} samples (seed {seed}) against {judge.size} training examples; "
         f"{REAL}: {len(judge.splits.held_out)} held-out examples.",
