@@ -352,6 +352,11 @@ def test_live_reflow_splits_its_rows(batch, share, rows):
     assert (on_grid * 128 % 1 == 0).all() and (t * 128 % 1 != 0).any()
 
 
+def test_live_reflow_simulates_the_ema_if_it_has_one():
+    net, ema, _, _ = asked(LiveReflow(simulation_steps=3, target_ema=0.9))
+    assert [len(call[0]) for call in ema] == [8] * 3 and [len(call[0]) for call in net] == [64]
+
+
 def test_a_simulation_goes_from_noise_to_data_in_equal_steps():
     net = Spy()
     x0 = torch.ones(2, 1)

@@ -15,7 +15,9 @@ LAYERS = [
     {"data", "metrics", "ema", "checkpoint", "interop", "figures", "log"},
     {"config", "presets", "pairs", "state", "train", "evaluate", "report", "interpolation"},
     {"compare", "compare_report", "statements", "provenance"},
-    {"arguments", "cli"},
+    {"arguments"},
+    {"commands"},
+    {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

@@ -100,6 +100,12 @@ class TestContract:
         objective, models, batch = setting(method, kind, classes=0)
         assert run(objective, models, batch).per_example.isfinite().all()
 
+    def test_labels_are_used(self, method, kind):
+        objective, models, batch = setting(method, kind)
+        loss = run(objective, models, batch).per_example
+        other = run(objective, models, batch._replace(cond=(batch.cond + 1) % 4)).per_example
+        assert (loss != other).double().mean() > 0.5  # some labels are dropped
+
     def test_given_noise_is_used(self, method, kind):
         objective, models, batch = setting(method, kind)
         x0 = torch.randn(batch.x1.shape)

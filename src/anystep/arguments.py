@@ -3,13 +3,17 @@
 import contextlib
 import dataclasses
 import io
+import tempfile
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
 from anystep.errors import UserError
 from anystep.registry import unknown
+
+Where = Annotated[Path, tyro.conf.Positional]
 
 
 def parse(cls: Any, args: Sequence[str], prog: str, default: Any = None) -> Any:
@@ -75,3 +79,13 @@ def take(words: list[str], option: str) -> str | None:
         if word.startswith(f"{option}="):
             return words.pop(k).partition("=")[2]
     return None
+
+
+def check_folder(folder: Path) -> None:
+    """Make a folder and see that it can be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
