@@ -161,13 +161,14 @@ def test_losses_of_whole_batches(theirs, monkeypatch):
         spec = objective.spec(ModelSpec(shape=(4, 8, 8), num_classes=10))
         models = Models(Model(theirs.network("params/"), spec))
         images = torch.cat([theirs.images[:16], theirs.images[:48]])
-        step = (torch.from_numpy(theirs.official["livereflow_dt_base"]) == 0).float()
+        net = theirs.network("params/")
+        d = torch.exp2(-torch.from_numpy(theirs.official["livereflow_dt_base"]))
     else:
         models = Models(*(theirs.told_nothing(part) for part in parts))
-        images, step = theirs.images, torch.zeros(64)
+        images, net, d = theirs.images, models.net, theirs.t
     batch = Batch(images, theirs.labels, theirs.x0)
     loss = objective(models, batch, PROGRESS, torch.Generator()).per_example
-    u = models.net(theirs.x_t, theirs.t, step, theirs.labels)
+    u = net(theirs.x_t, theirs.t, d, theirs.labels)
     assert relative_error(loss, squared_error(u, theirs.v_t)) < 1e-4
 
 
@@ -227,6 +228,20 @@ def test_steps_double_with_each_phase_of_progressive_distillation(progress, size
     assert torch.equal(first[1], net[1]) and torch.equal(second[1], net[1] + size / 2)
     assert (first[2] == size / 2).all() and (second[2] == size / 2).all()
     torch.testing.assert_close(second[0], first[0] * (1 + size / 4))
+
+
+def test_progressive_distillation_clips_the_midpoint_alone():
+    def loss(clip, slope):
+        def teacher(x, t, d, cond):
+            return 10 + slope * x
+
+        objective = ProgressiveDistillation(clip=clip)
+        batch = Batch(torch.zeros(8, 1), None, torch.zeros(8, 1))
+        generator = torch.Generator().manual_seed(0)
+        return objective(Models(Spy(), None, teacher), batch, 0.99, generator).per_example
+
+    assert (loss(None, 0.0) == 100).all() and (loss(4.0, 0.0) == 100).all()
+    assert (loss(None, 1.0) == 12.5**2).all() and (loss(4.0, 1.0) == 12**2).all()
 
 
 def test_only_the_first_teacher_is_guided():

@@ -270,6 +270,12 @@ def test_a_teacher_or_pairs_that_are_missing_or_not_wanted(teachers, tmp_path):
         assert "reflow learns from pairs" in refused(Reflow(M=M), teacher=teacher)
 
 
+def test_every_phase_needs_a_step(teachers, tmp_path):
+    run = student(teachers, tmp_path / "run", "progressive_distillation", steps=PHASES - 1)
+    assert "3 phases and needs as many steps, not 2" in refusal(run)
+    assert training.train(replace(run, steps=PHASES), bar=False)
+
+
 def test_a_teacher_that_does_not_fit(teachers, tmp_path):
     def refused(objective=None, **changes):
         objective = objective or ConsistencyDistillation(M=M)
@@ -293,7 +299,7 @@ def test_a_teacher_of_another_method(teachers, tmp_path):
         spec = teacher.spec(replace(flow.spec, claims=(1, None)))
         info = checkpoint.model_info(MLPConfig(width=16, depth=1), spec)
         checkpoint.save_model(tmp_path / "teacher", flow.net, info)
-        return config(tmp_path / "run", objective, teacher=tmp_path / "teacher", steps=1)
+        return config(tmp_path / "run", objective, teacher=tmp_path / "teacher", steps=3)
 
     refused = {
         "predicts noise on the vp-cosine path": Diffusion(M=M),

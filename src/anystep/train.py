@@ -103,12 +103,17 @@ def train(config: TrainConfig, *, bar: bool = True) -> bool:
 
 
 def check_method(config: TrainConfig, splits: Splits) -> None:
-    """Raise `UserError` when a teacher or pairs are missing, or a teacher is not wanted."""
+    """Raise `UserError` when a teacher, pairs or steps are missing, or a teacher not wanted."""
     wanted, method = config.objective.TEACHER, name_of(config.objective)
     if wanted == "required" and config.teacher is None:
         raise UserError(f"{method} learns from a trained model: name it with --teacher RUN")
     if wanted == "none" and config.teacher is not None:
         raise UserError(f"{method} has no teacher; leave --teacher out")
+    if config.steps < config.objective.phases:
+        raise UserError(
+            f"{method} has {config.objective.phases} phases and needs as many steps, "
+            f"not {config.steps}"
+        )
     if config.objective.PAIRS and splits.train.x0 is None:
         raise UserError(
             f"{method} learns from pairs of noise and data: anystep pairs RUN --out FOLDER makes "

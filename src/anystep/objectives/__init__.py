@@ -88,7 +88,7 @@ class Objective(ABC):
 
     def phase(self, progress: float) -> int:
         """The phase, from 0, at `progress` in [0, 1)."""
-        return int(progress * self.phases + 1e-9)  # 3 steps of 21 are a whole phase of 7
+        return int(progress * self.phases + 1e-9)  # k / steps may be rounded down
 
     @abstractmethod
     def spec(self, base: ModelSpec) -> ModelSpec:
