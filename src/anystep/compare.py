@@ -34,6 +34,7 @@ from anystep.log import read_metrics
 from anystep.objectives import Batch
 from anystep.pairs import make_pairs
 from anystep.presets import objective
+from anystep.provenance import provenance
 from anystep.registry import differences
 from anystep.report import save_grid
 from anystep.spec import Model
@@ -269,6 +270,7 @@ class Comparison:
                 raise UserError(f"{path} was made otherwise ({'; '.join(changed)}): remove it")
             return found
         result = {"made_by": made_by, **self.trained(key, budget, choice, entry, judged)}
+        result["provenance"] = provenance()
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(path, result)
         found = checkpoint.read_json(path)

@@ -49,8 +49,8 @@ def write(comparison: Comparison, results: dict[Entry, dict[str, Any]]) -> dict[
         + (f" Its accuracy: {judge.classifier.accuracy:.4f}." if judge.classifier else ""),
         "",
         *table(scores, metric, steps),
-        *([f"| {REAL} (held-out) | {floor.scores[metric]:.3f} |"] if floor else []),
         "",
+        *([f"{REAL} (held-out): {floor.scores[metric]:.3g}.\n"] if floor else []),
         "![quality against steps](steps.png)",
         "![quality against training compute](compute.png)",
         "",
@@ -62,13 +62,7 @@ def write(comparison: Comparison, results: dict[Entry, dict[str, Any]]) -> dict[
         "",
         *other_metrics(scores, steps),
         "",
-        "## The sweep",
-        "",
-        "At a quarter of the budget, seed 0: geometric mean of the distance at those of 1, 4 and "
-        "32 steps for which the method claims good samples. Best in bold.",
-        "",
         *sweep(comparison),
-        "",
         "## Compute",
         "",
         *ledger(scores),
@@ -124,15 +118,25 @@ def other_metrics(scores: Scores, steps: Sequence[int]) -> Iterator[str]:
 
 def sweep(comparison: Comparison) -> Iterator[str]:
     """What was tried for each method, and what was chosen."""
+    swept = {method: comparison.tried(method) for method in comparison.config.methods}
+    swept = {method: tried for method, tried in swept.items() if len(tried) > 1}
+    if not swept:
+        return
+    yield "## The sweep\n"
+    yield (
+        "At a quarter of the budget, seed 0: geometric mean of the distance at those of 1, 4 and "
+        "32 steps for which the method claims good samples. Best in bold.\n"
+    )
     yield "| method | rate | teacher's share | pairs' share | steps of a pair | distance |"
     yield "|---|---|---|---|---|---|"
-    for method in comparison.config.methods:
+    for method, tried in swept.items():
         best = comparison.choose(method)
-        for choice, value in comparison.tried(method):
+        for choice, value in tried:
             bold = "**" if choice == best else ""
             split = [f"{part:.3g}" if part else "" for part in choice.split]
             cells = [f"{choice.rate:g}", *split, f"{bold}{value:.3f}{bold}"]
             yield f"| {method} | {' | '.join(cells)} |"
+    yield ""
 
 
 def ledger(scores: Scores) -> Iterator[str]:
@@ -173,7 +177,7 @@ def learning(scores: Scores) -> dict[str, dict[str, dict[float, float]]]:
         paid += first["forwards"]["teacher"] if first["variant"] == "inside" else 0
         for look in first["curve"]:
             for key in look.keys() - {"forwards"}:
-                panel = panels.setdefault(f"Fréchet at {key.removeprefix('frechet/')} steps", {})
+                panel = panels.setdefault(f"{key.replace('frechet/', 'Fréchet, steps: ')}", {})
                 panel.setdefault(label, {})[paid + look["forwards"]] = look[key]
     return dict(sorted(panels.items()))
 

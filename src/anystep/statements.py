@@ -149,7 +149,11 @@ def size_of(label: str) -> float:
 
 
 def as_markdown(found: Sequence[Statement]) -> Iterator[str]:
-    """A line a statement and, below it, one a claim."""
+    """A line a statement and, below it, one a claim of which anything is known."""
     for number, statement in enumerate(found, 1):
         yield f"{number}. **{statement.verdict()}**: {statement.text}"
-        yield from (f"   * {claim}" for claim in statement.claims)
+        known = [c for c in statement.claims if c.larger_values and c.smaller_values]
+        yield from (f"   * {claim}" for claim in known)
+        missing = len(statement.claims) - len(known)
+        if missing or not known:
+            yield f"   * not run: {missing or 'any'} of its comparisons"
