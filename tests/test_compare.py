@@ -2,16 +2,21 @@ import json
 from dataclasses import replace
 
 import pytest
+from filelock import Timeout
 
-from anystep import checkpoint, compare, compare_report, report
+from anystep import checkpoint, report
 from anystep.cli import main
-from anystep.compare import CompareConfig, Comparison, Entry, forwards_per_step
-from anystep.config import LogConfig, OptimizerConfig, TrainConfig
+from anystep.compare import CompareConfig, Comparison, Entry, write_report
+from anystep.compare import comparison as running
+from anystep.compare.comparison import forwards_per_step
+from anystep.compare.report import table
+from anystep.config import LogConfig, OptimizerConfig, TrainConfig, config_json
 from anystep.data.mixture import Mixture
 from anystep.errors import UserError
 from anystep.networks.mlp import MLPConfig
 from anystep.objectives.flow_matching import FlowMatching
 from anystep.objectives.shortcut import Shortcut
+from anystep.train import Diverged
 
 BUDGET = 40_000
 METHODS = ("shortcut", "flow_matching", "reflow", "progressive_distillation")
@@ -46,7 +51,7 @@ def done(tmp_path_factory):
         patch.setattr(report, "save_grid", lambda *_, **__: None)
         results = made.run()
     assert not made.failures
-    return made, results, compare_report.write(made, results)
+    return made, results, write_report(made, results)
 
 
 def test_every_method_runs_and_two_phase_methods_run_twice(done):
@@ -84,7 +89,7 @@ def test_only_what_a_method_claims_is_outside_parentheses(done):
         scores.setdefault(entry.label, []).append(result)
     rows = {
         row.split("|")[1].strip(): row.split("|")[2:-1]
-        for row in compare_report.table(scores, "sliced", (1, 4, 8))
+        for row in table(scores, "sliced", (1, 4, 8))
     }
     shown = {label: [not cell.strip().startswith("(") for cell in r] for label, r in rows.items()}
     assert shown["flow_matching"] == [False, False, False]
@@ -117,7 +122,7 @@ def test_the_sweep_chooses_what_scored_best(done):
         assert len({choice for choice, _ in tried}) == len(tried)
     assert len(made.tried("shortcut")) == 2 and len(made.tried("reflow")) == 2 + 2
     quarter = json.loads(next((made.config.out / "scores").glob("sweep-shortcut*")).read_text())
-    assert quarter["made_by"]["budget"] == BUDGET / 4
+    assert quarter["made_by"]["rest"]["budget"] == BUDGET / 4
 
 
 def test_without_a_choice_nothing_is_swept(tmp_path):
@@ -126,52 +131,106 @@ def test_without_a_choice_nothing_is_swept(tmp_path):
     assert not (tmp_path / "scores").exists()
 
 
+def test_the_teacher_of_a_base_and_dashes_in_names_do_not_matter(tmp_path):
+    made = Comparison(
+        replace(base(), teacher=tmp_path),
+        CompareConfig(methods=("flow-matching", "flow_matching"), budget=BUDGET, out=tmp_path),
+    )
+    assert made.base.teacher is None and made.config.methods == ("flow_matching",)
+
+
 def test_what_is_finished_is_not_done_again(done, monkeypatch):
     made, results, _ = done
 
     def not_again(*_, **__):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(compare, "train", not_again)
+    monkeypatch.setattr(running, "train", not_again)
     assert comparison(made.config.out).run() == results
 
 
 def test_a_missing_run_alone_is_done_again(done, monkeypatch):
     made, results, _ = done
     entry = Entry("shortcut", 1)
-    made.path(entry.key).unlink()
+    seconds = results[entry]["seconds"]
+    (made.config.out / "scores" / f"{entry.key}.json").unlink()
     trained = []
-    usual = compare.train
-    monkeypatch.setattr(compare, "train", lambda c: trained.append(c.out.name) or usual(c))
+    usual = running.train
+    monkeypatch.setattr(running, "train", lambda c: trained.append(c.out.name) or usual(c))
     again = comparison(made.config.out).run()
     assert trained == [entry.key]
     assert again[entry]["scores"] == results[entry]["scores"]
+    assert again[entry]["seconds"] == seconds > 0  # those of the training, not of this call
 
 
-def test_scores_made_otherwise_are_refused(done):
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"budget": BUDGET + 1000}, "budget"),
+        ({"n": 200}, "n: 100 -> 200"),
+        ({"steps": (1,)}, "st"),
+    ],
+)
+def test_scores_made_otherwise_are_refused(done, changes, named):
     made, _, _ = done
-    other = comparison(made.config.out, budget=BUDGET + 1000)
-    with pytest.raises(UserError, match="budget"):
-        other.choose("shortcut")
-    assert set(other.run()) == set() and other.failures
+    other = comparison(made.config.out, **changes)
+    assert other.run() == {} and all(named in why for why in other.failures.values())
+
+
+def test_another_base_is_refused(done):
+    made, _, _ = done
+    other = Comparison(replace(base(), ema=0.5), made.config)
+    assert other.run() == {} and "ema: 0.999 -> 0.5" in next(iter(other.failures.values()))
+
+
+def test_a_report_of_nothing_says_so(tmp_path):
+    made = comparison(tmp_path)
+    made.failures["shortcut-seed0"] = "no luck"
+    text = write_report(made, {})["report"].read_text()
+    assert text.count("**undecided**") == 8 and "* shortcut-seed0: no luck" in text
+
+
+def test_a_rate_that_diverges_is_not_chosen(tmp_path, monkeypatch):
+    usual, tried = running.train, []
+
+    def diverging(config):
+        tried.append(config.optimizer.lr)
+        if config.optimizer.lr != 5e-3:
+            raise Diverged("the loss is not finite")
+        return usual(config)
+
+    monkeypatch.setattr(running, "train", diverging)
+    made = comparison(tmp_path, rates=(0.5, 1.0))
+    assert made.choose("flow_matching").rate == 5e-3
+    assert comparison(tmp_path, rates=(0.5, 1.0)).choose("flow_matching").rate == 5e-3
+    assert tried == [5e-3, 1e-2]  # nothing is tried twice, not even what diverged
+    with pytest.raises(UserError, match="diverged at every rate"):
+        comparison(tmp_path, rates=(1.0, 2.0)).choose("flow_matching")
+
+
+def test_a_run_is_left_to_the_process_that_has_it(done, tmp_path):
+    made, _, _ = done
+    assert made.lock("x").lock_file == comparison(made.config.out).lock("x").lock_file
+    with made.lock("x"), pytest.raises(Timeout):
+        comparison(made.config.out).lock("x").acquire(timeout=0.01)
 
 
 def test_one_failing_run_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
-    usual = compare.train
+    usual = running.train
 
     def failing(config):
         if config.out.name == "shortcut-seed0":
-            raise UserError("the loss is not finite")
+            raise Diverged("the loss is not finite")
         return usual(config)
 
-    monkeypatch.setattr(compare, "train", failing)
+    monkeypatch.setattr(running, "train", failing)
     made = comparison(
         tmp_path, methods=("shortcut", "flow_matching"), seeds=(0,), sizes=(), rates=(1.0,)
     )
     results = made.run()
     assert [entry.method for entry in results] == ["flow_matching"]
     assert made.failures == {"shortcut-seed0": "the loss is not finite"}
-    files = compare_report.write(made, results)
+    files = write_report(made, results)
     assert "* shortcut-seed0: the loss is not finite" in files["report"].read_text()
 
 
@@ -185,7 +244,7 @@ def test_cost_is_counted_over_all_phases(tmp_path):
 class TestCommandLine:
     def test_from_a_config_to_a_report(self, tmp_path, capsys):
         config = tmp_path / "base.json"
-        checkpoint.write_json(config, compare.config_json(base()))
+        checkpoint.write_json(config, config_json(base()))
         words = ["--methods", "flow_matching", "--seeds", "0", "--budget", "20000", "--steps", "1"]
         out = str(tmp_path / "out")
         assert main(["compare", str(config), *words, "--n", "50", "--out", out]) == 0
@@ -200,6 +259,10 @@ class TestCommandLine:
             (["mixture", "--steps", "0"], "steps must be at least 1"),
             (["mixture", "--budgets", "3"], "did you mean '--budget'"),
             (["mixture", "--n", "1"], "n at least 10"),
+            (["mixture", "--seeds", "-1"], "seeds at least 0"),
+            (["mixture", "--sizes", "1"], "sizes are other than 1"),
+            (["folder"], "needs a path"),
+            (["vectors"], "needs a path"),
         ],
     )
     def test_mistakes_get_one_line(self, words, message, capsys, tmp_path, monkeypatch):

@@ -1,6 +1,14 @@
 import pytest
 
-from anystep.statements import HELD, NOT_HELD, UNDECIDED, Claim, Statement, as_markdown, statements
+from anystep.compare.statements import (
+    HELD,
+    NOT_HELD,
+    UNDECIDED,
+    Claim,
+    Statement,
+    as_markdown,
+    statements,
+)
 
 
 @pytest.mark.parametrize(
@@ -52,12 +60,18 @@ PAPER = {  # CelebA-HQ-256, table 1
 
 
 def paper():
-    inner = {"jump/128": 3.0, "jump/1": 2.0, "frechet/pixels": 5.0, "frechet/arc": 4.0}
+    inner = {"jump/128": 3.0, "jump/1": 2.0, "distance/pixels": 5.0, "distance/arc": 4.0}
     noisy = [{k: v + s / 100 for k, v in inner.items()} for s in (-1, 0, 1)]
     shortcut = results({128: 6.9, 4: 13.8, 1: 20.5})
     for result, strip in zip(shortcut, noisy, strict=True):
         result["interpolation"] = strip
-    return {name: results(row) for name, row in PAPER.items()} | {"shortcut": shortcut}
+    scores = {name: results(row) for name, row in PAPER.items()} | {"shortcut": shortcut}
+    for label, found in scores.items():
+        method, _, words = label.partition(" (")
+        size = float(words[5:-1]) if words.startswith("size") else 1.0
+        for result in found:
+            result |= {"method": method, "size": size}
+    return scores
 
 
 def test_the_papers_own_numbers_hold_the_papers_statements():
@@ -85,7 +99,8 @@ def test_the_papers_own_numbers_hold_the_papers_statements():
     ],
 )
 def test_each_statement_can_fail(number, label, row):
-    scores = paper() | {label: results(row)}
+    scores = paper()
+    scores[label] = results(row, **{k: scores[label][0][k] for k in ("method", "size")})
     found = statements(scores, "frechet", (1, 4, 128))
     assert found[number - 1].verdict() == NOT_HELD
 
@@ -95,6 +110,17 @@ def test_rough_strips_fail_the_last_statement():
     for result in scores["shortcut"]:
         result["interpolation"]["jump/1"] = 9.0
     assert statements(scores, "frechet", (1, 4, 128))[7].verdict() == NOT_HELD
+
+
+def test_a_step_count_that_was_not_judged_is_left_out():
+    scores = paper()
+    for results_of_one in scores.values():
+        for result in results_of_one:
+            del result["scores"]["1"]
+    found = statements(scores, "frechet", (4, 128))
+    assert [s.verdict() for s in found[:3]] == [HELD] * 3
+    assert found[3].verdict() == found[6].verdict() == UNDECIDED
+    assert "not run: 1 of its comparisons" in "\n".join(as_markdown(found))
 
 
 def test_what_was_not_run_is_undecided():

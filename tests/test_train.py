@@ -17,6 +17,7 @@ from anystep.config import LogConfig, OptimizerConfig, TrainConfig, config_json
 from anystep.data import seeded
 from anystep.data.mixture import Mixture
 from anystep.errors import UserError
+from anystep.evaluate import Judge
 from anystep.log import read_metrics
 from anystep.networks.mlp import MLPConfig
 from anystep.objectives import Batch, Loss, Objective
@@ -107,7 +108,7 @@ def test_looking_does_not_change_the_run(tmp_path):
         training.train(run, bar=False)
     assert_same_run(plain.out, looking.out)
     assert (looking.out / "samples" / "step-00000018.png").is_file()
-    scores = [m for m in read_metrics(looking.out / training.METRICS) if "frechet/1" in m]
+    scores = [m for m in read_metrics(looking.out / training.METRICS) if "sliced/1" in m]
     assert [m["step"] for m in scores] == [6, 12, 18]
 
 
@@ -119,8 +120,12 @@ def test_a_finished_run_is_left_alone(tmp_path):
     assert (checkpoint.checkpoints(run.out)[-1] / checkpoint.TRAINING).stat().st_mtime_ns == before
 
 
-def test_data_that_cannot_be_judged_do_not_stop_the_run(tmp_path):
-    run = config(tmp_path / "run", data=Mixture(train=1, held_out=0))
+def test_data_that_cannot_be_judged_do_not_stop_the_run(tmp_path, monkeypatch):
+    def refuse(judge, x):
+        raise UserError("too few examples")
+
+    monkeypatch.setattr(Judge, "distance", refuse)
+    run = config(tmp_path / "run")
     run = replace(run, log=replace(run.log, look_every=10, look_samples=4))
     with pytest.warns(UserWarning, match="no scores at step 10"):
         assert training.train(run, bar=False)

@@ -22,7 +22,7 @@ class OptimizerConfig:
         lr: peak learning rate.
         betas: decay of the two moments.
         weight_decay: decoupled weight decay, on all parameters.
-        warmup: steps of linear warm-up.
+        warmup: steps of linear warm-up; at most a tenth of the run, or of each of its phases.
         decay: how the rate falls after warm-up: not at all, or along a cosine to zero.
         clip: bound on the norm of the gradient; None is off.
     """
@@ -46,7 +46,8 @@ class OptimizerConfig:
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of step `step` of a phase of `steps`, counted from 0."""
-        rate = self.lr * min(1.0, (step + 1) / (self.warmup + 1))
+        warmup = min(self.warmup, steps // 10)
+        rate = self.lr * min(1.0, (step + 1) / (warmup + 1))
         if self.decay == "cosine":
             rate *= 0.5 * (1 + math.cos(math.pi * step / steps))
         return rate
@@ -141,8 +142,9 @@ class TrainConfig:
         return first, end - first
 
 
-# These may differ between a run and its continuation: they do not change the weights.
-FREE = ("out", "log.", "device")
+# These may differ between a run and its continuation: they do not change the weights. Where the
+# data and the teacher lie is free, since a checkpoint has the digest of the one, and the other.
+FREE = ("out", "log.", "device", "teacher", "data.path")
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -35,7 +35,8 @@ from anystep.metrics import (
 from anystep.sampling import STOCHASTIC, draw, may_guide, sample
 from anystep.spec import Model, Sampler
 
-REFERENCE = 10_000  # at most so many real examples; kernel and recall cost their square
+REFERENCE = 10_000  # at most so many real examples
+QUADRATIC = 4_096  # and fewer for kernel and recall, which cost their square
 PIXELS = 2**28  # and at most so many numbers of them at once where pixels are compared
 REAL = "real data"
 
@@ -112,8 +113,18 @@ class Judge:
             ]
         )
 
-    def frechet(self, x: Tensor) -> float:
-        """Fréchet distance of samples to the training data."""
+    @property
+    def metric(self) -> str:
+        """The distance by which models are ranked: Fréchet, or sliced W2 for vectors.
+
+        Fréchet's sees two moments only, which of vectors without a network say little.
+        """
+        return "sliced" if self.x.ndim == 2 else "frechet"
+
+    def distance(self, x: Tensor) -> float:
+        """That distance of samples x (N, *shape) to the training data."""
+        if self.metric == "sliced":
+            return sliced_wasserstein(x, self.x, generator=seeded(0, 0))
         return frechet_distance(self.features(x), self.real)
 
     def scores(self, x: Tensor, cond: Tensor | None) -> dict[str, float]:
@@ -130,9 +141,10 @@ class Judge:
                 scores[name] = metric()
 
         add("frechet", lambda: frechet_distance(features, self.real))
-        add("kernel", lambda: 1000 * kernel_distance(features, self.real))
+        some = self.real[:QUADRATIC]
+        add("kernel", lambda: 1000 * kernel_distance(features, some))
         with contextlib.suppress(UserError):
-            scores |= precision_recall(self.real, features)._asdict()
+            scores |= precision_recall(some, features)._asdict()
         if self.classifier is not None and cond is not None and self.labels is not None:
             labels, predicted = self.labels, self.classifier.predict(x)
             add("accuracy", lambda: class_accuracy(predicted, cond))
@@ -141,15 +153,18 @@ class Judge:
             held_out, _ = self.splits.held_out.batch(self.pixels)
             add("memorisation", lambda: memorisation(x, self.x, held_out).ratio)
         if x.ndim == 2:
-            add("sliced", lambda: sliced_wasserstein(x, self.x, generator=seeded(0, 0)))
+            add("sliced", lambda: self.distance(x))
         return scores
 
-    def floor(self) -> Row | None:
-        """Held-out data judged as samples are; None when nothing is held out."""
+    def floor(self, n: int | None = None) -> Row | None:
+        """At most n held-out examples judged as samples are; None when nothing is held out.
+
+        All metrics depend on how many are judged, so n should be the number of samples.
+        """
         held_out: Dataset = self.splits.held_out
         if len(held_out) < 5:
             return None
-        x, labels = held_out.batch(self.pixels)
+        x, labels = held_out.batch(slice(0, min(self.pixels.stop, n or self.pixels.stop)))
         return Row(REAL, 0, 1.0, self.scores(x, labels))
 
 

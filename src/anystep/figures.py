@@ -87,8 +87,8 @@ def plot_quality(
     figure, axes = _figure(len(curves), 4.2)
     for axis, (metric, models) in zip(axes, curves.items(), strict=True):
         values = [v for curve in models.values() for v in curve.values()]
-        for name, curve in models.items():
-            axis.plot(list(curve), list(curve.values()), marker="o", ms=4, label=name)
+        for k, (name, curve) in enumerate(models.items()):
+            axis.plot(list(curve), list(curve.values()), ms=4, label=name, **style(k))
         if metric in floors:
             axis.axhline(floors[metric], ls="--", color="grey", lw=1, label="real data")
         axis.set_xscale("log", base=2)
@@ -108,12 +108,19 @@ def plot_curves(
     """Save panels of lines, panel -> line -> x -> y, with logarithmic y."""
     figure, axes = _figure(max(len(curves), 1), 4.8)
     for axis, (title, lines) in zip(axes, curves.items(), strict=False):
-        for name, line in lines.items():
-            axis.plot(list(line), list(line.values()), marker="o", ms=3, label=name)
+        for k, (name, line) in enumerate(lines.items()):
+            axis.plot(list(line), list(line.values()), ms=3, label=name, **style(k))
         axis.set(xlabel=xlabel, title=title, yscale="log")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=120)
+
+
+def style(k: int) -> dict[str, str]:
+    """Ten colours, solid with dots, then dashed with squares."""
+    return {"color": f"C{k % 10}"} | (
+        {"marker": "o", "ls": "-"} if k < 10 else {"marker": "s", "ls": "--"}
+    )
 
 
 def _figure(panels: int, side: float) -> tuple[Any, np.ndarray[Any, Any]]:

@@ -45,7 +45,7 @@ def write_report(
         What was written: "table", "json", "plot", and a "grid" a model.
     """
     out.mkdir(parents=True, exist_ok=True)
-    floor = judge.floor()
+    floor = judge.floor(n)
     rows = [floor] if floor else []
     for name, model in models.items():
         rows += evaluate(name, model, judge, steps=steps, n=n, seed=seed)
@@ -126,19 +126,20 @@ class Look:
         return self.config.look_every > 0 and step % self.config.look_every == 0
 
     def __call__(self, model: Model, step: int) -> dict[str, float]:
-        """Write the grid of this step; returns the Fréchet distance at each step count.
+        """Write the grid of this step; returns the distance at each step count.
 
         Data that cannot be judged are warned of and do not stop the run.
         """
         save_grid(self.out / "samples" / f"step-{step:08d}.png", model, self.config.look_steps)
         try:
             self.judge = self.judge or Judge(self.splits, device=self.device)
-            return {f"frechet/{n}": self.frechet(model, n) for n in self.config.look_steps}
+            metric = self.judge.metric
+            return {f"{metric}/{n}": self.distance(model, n) for n in self.config.look_steps}
         except UserError as error:
             warnings.warn(f"no scores at step {step}: {error}", stacklevel=2)
             return {}
 
-    def frechet(self, model: Model, steps: int) -> float:
-        """The Fréchet distance of samples at one step count."""
+    def distance(self, model: Model, steps: int) -> float:
+        """The distance of samples at one step count."""
         assert self.judge is not None
-        return self.judge.frechet(generate(model, self.config.look_samples, steps=steps)[0])
+        return self.judge.distance(generate(model, self.config.look_samples, steps=steps)[0])

@@ -33,6 +33,7 @@ class State:
         counter: of forward-equivalents.
         origin: where the teacher came from, and what it cost.
         step: steps done.
+        seconds: time they took.
     """
 
     model: Model
@@ -44,6 +45,7 @@ class State:
     counter: ForwardCounter
     origin: dict[str, Any]
     step: int = 0
+    seconds: float = 0.0
 
     @property
     def models(self) -> Models:
@@ -107,8 +109,9 @@ class State:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.step = int(facts["step"])
-        self.counter.rows = int(facts["forwards"])
-        self.origin = facts["teacher"]
+        self.seconds = float(facts.get("seconds", 0))
+        self.counter.rows = int(facts.get("forwards", 0))
+        self.origin = facts.get("teacher", {})
 
 
 def initial_state(config: TrainConfig, splits: Splits, device: torch.device) -> State:
@@ -178,6 +181,7 @@ def save(state: State, config: TrainConfig) -> Path:
     """Write a checkpoint."""
     training = {
         "step": state.step,
+        "seconds": round(state.seconds, 1),
         "forwards": state.counter.rows,
         "teacher": state.origin,
         "data": state.data,

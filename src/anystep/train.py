@@ -33,6 +33,10 @@ METRICS = "metrics.jsonl"
 INTERRUPTED = 130  # exit code of a run stopped by Ctrl-C and saved
 
 
+class Diverged(UserError):
+    """A loss or gradient was not finite."""
+
+
 def train(config: TrainConfig, *, bar: bool = True) -> bool:
     """Train, or go on training, the run at `config.out`.
 
@@ -91,6 +95,7 @@ def train(config: TrainConfig, *, bar: bool = True) -> bool:
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
                 metrics["examples_per_second"] = len(history) * config.batch / seconds
                 metrics["forwards"] = state.counter.rows
+                state.seconds += seconds
                 log.write(state.step, metrics)
                 progress.set_postfix_str(short(metrics), refresh=False)
                 history.clear()
@@ -99,7 +104,7 @@ def train(config: TrainConfig, *, bar: bool = True) -> bool:
             if look_now:
                 log.write(state.step, look(Model(state.average, state.model.spec), state.step))
                 clock = time.perf_counter()
-    return state.step >= config.steps
+    return state.step >= config.steps and not stop
 
 
 def check_method(config: TrainConfig, splits: Splits) -> None:
@@ -113,6 +118,11 @@ def check_method(config: TrainConfig, splits: Splits) -> None:
         raise UserError(
             f"{method} has {config.objective.phases} phases and needs as many steps, "
             f"not {config.steps}"
+        )
+    if splits.train.guidance != 1 and not config.objective.PAIRS:
+        raise UserError(
+            f"these pairs were made with guidance {splits.train.guidance}, which {method} would "
+            "not know of; train reflow on them"
         )
     if config.objective.PAIRS and splits.train.x0 is None:
         raise UserError(
@@ -216,7 +226,7 @@ def summarise(
     """Means over the steps since the last line, in one transfer from the device.
 
     Raises:
-        UserError: a loss or gradient was not finite; nothing has been saved since.
+        Diverged: a loss or gradient was not finite; nothing has been saved since.
     """
     names = list(history[0])
     table = torch.stack([torch.stack([m[k].float() for k in names]) for m in history]).cpu()
@@ -228,7 +238,7 @@ def summarise(
         levels = [k for k, v in row.items() if k.startswith("loss/") and math.isinf(v)]
         found = checkpoint.checkpoints(config.out)
         kept = f"the last good checkpoint is {found[-1]}" if found else "nothing was saved yet"
-        raise UserError(
+        raise Diverged(
             f"the loss is not finite at step {step - len(history) + first + 1} "
             f"(loss {row['loss']:g}, {', '.join(levels) or 'gradient'}; gradient norm "
             f"{row['grad_norm']:g}): {kept}; lower --optimizer.lr or look at the data"

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from anystep import checkpoint
 from anystep.arguments import check_folder, parse
-from anystep.compare import CompareConfig, Comparison
-from anystep.compare_report import write
+from anystep.compare import CompareConfig, Comparison, write_report
 from anystep.config import TrainConfig
 from anystep.errors import UserError
 from anystep.presets import PRESETS, preset
@@ -28,15 +27,21 @@ def run(args: Sequence[str]) -> int:
     name = words.pop(0)
     if name.startswith("-"):
         raise UserError(f"name a preset first: anystep compare {'|'.join(PRESETS)}")
-    start = CompareConfig(out=Path("runs") / f"compare-{Path(name).stem}")
+    called = Path(name).resolve().parent.name if name.endswith(".json") else name
+    start = CompareConfig(out=Path("runs") / f"compare-{called}")
     config = parse(CompareConfig, words, f"anystep compare {name}", start)
     if name.endswith(".json"):
         base = from_json(TrainConfig, checkpoint.read_json(Path(name)))
     else:
         base = preset(name)
+    if not isinstance(getattr(base.data, "path", Path()), Path):
+        raise UserError(
+            f"{name} needs a path: anystep train {name} --data.path PATH --dry-run > config.json, "
+            "then anystep compare config.json"
+        )
     check_folder(config.out)
     comparison = Comparison(base, config)
-    files = write(comparison, comparison.run())
+    files = write_report(comparison, comparison.run())
     print(files["report"].read_text())
     for what, path in files.items():
         print(f"{what}: {path}")

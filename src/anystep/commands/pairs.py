@@ -48,6 +48,6 @@ def run(args: Sequence[str]) -> int:
     print(f"{request.n} pairs in {request.out}, {forwards:,} forwards")
     print(
         f"next: anystep train pairs --data.path {request.out} --method reflow "
-        f"--teacher {request.model}"
+        f"--teacher {request.model} --out {request.out}-reflow"
     )
     return 0

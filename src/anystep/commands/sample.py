@@ -34,7 +34,8 @@ class SampleArgs:
         force_guidance: apply guidance even where it was not trained or is baked in already.
         sampler: euler, consistency, ddim or ancestral; the one the model is meant for by default.
         seed: of noise and labels.
-        batch: samples a network call; a strip is drawn in one.
+        batch: samples a network call; a strip is drawn in one. The noise that the consistency and
+            ancestral samplers add depends on it.
         device: auto, cpu or cuda.
     """
 

@@ -8,7 +8,7 @@ bins grows during training. Neighbours are joined by the noisy v = x1 - x0 inste
 which leaves a bias of O(1/N^2) in the mean of the f of a target. The pseudo-Huber loss looks for
 its median until errors are smaller than c; that bias is O(1/N) where v is skewed.
 
-Three ways to grow N: "double" is the shortcut authors' (1, 2, 4 ... M/2 in log2 M equal phases),
+Two ways to grow N: "double" is the shortcut authors' (1, 2, 4 ... M/2 in log2 M equal phases),
 "ict" doubles from 10 up to M in equal phases as iCT does from 10 to 1280. `loss` is the squared
 error, whose square in terms of f is weighted by 1 / (1 - t)^2, or iCT's pseudo-Huber loss
 sqrt(|error|^2 + c^2) - c with c = 0.00054 sqrt(D), applied to f and weighted by N.

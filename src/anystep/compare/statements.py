@@ -73,14 +73,15 @@ def statements(scores: Scores, metric: str, steps: Sequence[int]) -> list[Statem
     """The paper's eight statements.
 
     Args:
-        scores: the results of `anystep.compare`, by label.
+        scores: the results of `Comparison.run`, by label.
         metric: the distance by which quality is judged; smaller is better.
         steps: the judged step counts; the largest is the "full" one.
     """
     full, few = max(steps), [n for n in (4, 1) if n in steps]
 
     def at(label: str, n: int) -> Values:
-        return [result["scores"][str(n)][metric] for result in scores.get(label, [])]
+        judged = [result["scores"].get(str(n)) for result in scores.get(label, [])]
+        return [found[metric] for found in judged if found]
 
     def worse(label: str, n: int, than: str, m: int, factor: float = 1) -> Claim:
         name = f"{factor:g} x " if factor != 1 else ""
@@ -91,14 +92,16 @@ def statements(scores: Scores, metric: str, steps: Sequence[int]) -> list[Statem
             [factor * value for value in at(than, m)],
         )
 
-    def inside(first: str, second: str) -> Claim:
-        values = [
-            [result["interpolation"][key] for result in scores.get(SHORTCUT, [])]
-            for key in (first, second)
-        ]
-        return Claim(first, second, *values)
+    def of_strips(larger: str, smaller: str) -> Claim:
+        strips = [result["interpolation"] for result in scores.get(SHORTCUT, [])]
+        values = [[strip[key] for strip in strips if key in strip] for key in (larger, smaller)]
+        return Claim(larger, smaller, *values)
 
-    sizes = sorted((label for label in scores if label.split(" (")[0] == SHORTCUT), key=size_of)
+    sizes = sorted(
+        (results[0]["size"], label)
+        for label, results in scores.items()
+        if results[0]["method"] == SHORTCUT
+    )
     return [
         Statement(
             "Among one-phase methods shortcut is best at 4 steps and at 1.",
@@ -128,24 +131,18 @@ def statements(scores: Scores, metric: str, steps: Sequence[int]) -> list[Statem
         ),
         Statement(
             "One-step quality keeps improving with model size.",
-            [worse(a, 1, b, 1) for a, b in itertools.pairwise(sizes)],
+            [worse(a, 1, b, 1) for (_, a), (_, b) in itertools.pairwise(sizes)],
         ),
         Statement(
             "Interpolated noise gives smooth samples in one step: the largest jump is below that "
             "of the full step count, and the pictures are nearer to the data than pixel "
             "interpolation of the two ends.",
             [
-                inside(f"jump/{full}", "jump/1"),
-                inside("frechet/pixels", "frechet/arc"),
+                of_strips(f"jump/{full}", "jump/1"),
+                of_strips("distance/pixels", "distance/arc"),
             ],
         ),
     ]
-
-
-def size_of(label: str) -> float:
-    """The factor on the width in a label such as "shortcut (size 0.5)"; 1 without one."""
-    _, found, rest = label.partition("(size ")
-    return float(rest.rstrip(")")) if found else 1.0
 
 
 def as_markdown(found: Sequence[Statement]) -> Iterator[str]:
