@@ -62,13 +62,16 @@ def guided(
         t: (B,).
         d: (B,).
         cond: class ids (B,).
-        guidance: strength w, a number or (B,); 1 is the conditional u, 0 the unconditional.
+        guidance: strength w, a number or (B,); 0 is the unconditional u. The number 1 is the
+            conditional one, for which the network is asked just once.
         null_cond: (B,), what stands for no condition.
         rows: boolean (B,), the rows to guide; all of them when None.
 
     Raises:
         UserError: there is no condition, or nothing that stands for its absence.
     """
+    if torch.as_tensor(guidance).ndim == 0 and guidance == 1:
+        return net(x, t, d, cond)
     if cond is None or null_cond is None:
         raise UserError("guidance needs a class-conditional model that knows its null label")
     # An index made where the mask is: from a mask on the CPU no device is waited for.

@@ -31,6 +31,11 @@ class Models(NamedTuple):
     ema: Network | None = None
     teacher: Network | None = None
 
+    @property
+    def target(self) -> Network:
+        """The network that makes targets: the EMA, or the network itself without one."""
+        return self.net if self.ema is None else self.ema
+
 
 class Batch(NamedTuple):
     """x1 (B, *shape), cond (B,) or None, and x0 (B, *shape) when pairs are given."""
@@ -140,6 +145,18 @@ def copy_weights(source: Network | None, to: Network | None) -> None:
     """To := source, for two modules of the same shape."""
     assert isinstance(source, nn.Module) and isinstance(to, nn.Module)
     to.load_state_dict(source.state_dict())
+
+
+def check_decay(decay: float | None) -> None:
+    """Raise `UserError` unless the decay of a target EMA is in [0, 1), or None."""
+    if decay is not None and not 0 <= decay < 1:
+        raise UserError(f"target_ema must be in [0, 1) or None, not {decay}")
+
+
+def check_bound(name: str, bound: float | None) -> None:
+    """Raise `UserError` unless the bound called `name` is positive, or None."""
+    if bound is not None and not bound > 0:
+        raise UserError(f"{name} must be positive or None, not {bound}")
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:

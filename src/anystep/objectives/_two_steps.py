@@ -45,13 +45,10 @@ def two_step_target(
     """
 
     def ask(x: Tensor, t: Tensor) -> Tensor:
-        if plain:
-            return net(x, t, half, cond)
         return guided(
             net, x, t, half, cond, guidance=guidance, null_cond=null_cond, rows=guided_rows
         )
 
-    plain = torch.as_tensor(guidance).ndim == 0 and guidance == 1
     half = d / 2
     u_1 = ask(x_t, t)
     midpoint = clip(step(x_t, u_1, half), clip_midpoint)

@@ -18,13 +18,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from anystep.errors import UserError
 from anystep.guidance import guided, null_condition
 from anystep.objectives import (
     Batch,
     Loss,
     Models,
     Objective,
+    check_bound,
+    check_decay,
     noise_like,
     squared_error,
     uniform_times,
@@ -59,10 +60,7 @@ def teacher_step(
         clip: bound on the magnitude of the point reached.
     """
     zero = torch.zeros_like(t)
-    if guidance == 1:
-        u = teacher(x_t, t, zero, cond)
-    else:
-        u = guided(teacher, x_t, t, zero, cond, guidance=guidance, null_cond=null_cond)
+    u = guided(teacher, x_t, t, zero, cond, guidance=guidance, null_cond=null_cond)
     x_s = step(x_t, u, zero + d)
     return x_s if clip is None else x_s.clamp(-clip, clip)
 
@@ -91,10 +89,8 @@ class ConsistencyDistillation(Objective):
 
     def __post_init__(self) -> None:
         finest_level(self.M)
-        if self.target_ema is not None and not 0 <= self.target_ema < 1:
-            raise UserError(f"target_ema must be in [0, 1) or None, not {self.target_ema}")
-        if self.clip is not None and not self.clip > 0:
-            raise UserError(f"clip must be positive or None, not {self.clip}")
+        check_decay(self.target_ema)
+        check_bound("clip", self.clip)
 
     @classmethod
     def authors(cls) -> "ConsistencyDistillation":
@@ -139,8 +135,7 @@ class ConsistencyDistillation(Objective):
             null_cond=null_condition(models.net, batch.cond),
             clip=self.clip,
         )
-        net = models.net if models.ema is None else models.ema
-        target = endpoint_target(net, x_s, t + d, x_t, t, batch.cond)
+        target = endpoint_target(models.target, x_s, t + d, x_t, t, batch.cond)
         per_example = squared_error(models.net(x_t, t, 1 - t, batch.cond), target)
         return Loss(per_example, {"loss/consistency": per_example.detach().mean()})
 

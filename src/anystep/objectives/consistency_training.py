@@ -32,6 +32,7 @@ from anystep.objectives import (
     Loss,
     Models,
     Objective,
+    check_decay,
     noise_like,
     squared_error,
     uniform_times,
@@ -73,8 +74,7 @@ class ConsistencyTraining(Objective):
     def __post_init__(self) -> None:
         if finest_level(self.M) < 1:
             raise UserError("consistency training needs M of at least 2")
-        if self.target_ema is not None and not 0 <= self.target_ema < 1:
-            raise UserError(f"target_ema must be in [0, 1) or None, not {self.target_ema}")
+        check_decay(self.target_ema)
 
     @classmethod
     def authors(cls) -> "ConsistencyTraining":
@@ -113,8 +113,7 @@ class ConsistencyTraining(Objective):
         t = uniform_times(len(x1), generator, x1, bins)
         x_t, s = interpolate(x0, x1, t), t + 1 / bins
         x_s = interpolate(x0, x1, s)
-        net = models.net if models.ema is None else models.ema
-        target = endpoint_target(net, x_s, s, x_t, t, batch.cond)
+        target = endpoint_target(models.target, x_s, s, x_t, t, batch.cond)
         u = models.net(x_t, t, 1 - t, batch.cond)
         if self.loss == "squared":
             per_example = squared_error(u, target)

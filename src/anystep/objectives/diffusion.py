@@ -16,13 +16,13 @@ from typing import Literal
 
 import torch
 
-from anystep.errors import UserError
 from anystep.guidance import check_label_dropout, drop_condition, null_condition
 from anystep.objectives import (
     Batch,
     Loss,
     Models,
     Objective,
+    check_bound,
     noise_like,
     squared_error,
     uniform_times,
@@ -51,8 +51,7 @@ class Diffusion(Objective):
     def __post_init__(self) -> None:
         finest_level(self.M)
         check_label_dropout(self.label_dropout)
-        if self.bound is not None and not self.bound > 0:
-            raise UserError(f"bound must be positive or None, not {self.bound}")
+        check_bound("bound", self.bound)
 
     @property
     def path(self) -> PathName:

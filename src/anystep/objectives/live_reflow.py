@@ -26,6 +26,7 @@ from anystep.objectives import (
     Loss,
     Models,
     Objective,
+    check_decay,
     group_means,
     noise_like,
     squared_error,
@@ -59,10 +60,7 @@ def simulate(
     x = x0
     for k in range(steps):
         t = zero + k / steps
-        if guidance == 1:
-            u = net(x, t, zero, cond)
-        else:
-            u = guided(net, x, t, zero, cond, guidance=guidance, null_cond=null_cond)
+        u = guided(net, x, t, zero, cond, guidance=guidance, null_cond=null_cond)
         x = step(x, u, zero + 1 / steps)
     return x
 
@@ -96,6 +94,7 @@ class LiveReflow(Objective):
         if finest_level(self.M) < 1:
             raise UserError("live reflow needs M of at least 2, to tell the reflow from the flow")
         check_label_dropout(self.label_dropout)
+        check_decay(self.target_ema)
         if not 0 < self.reflow_share < 1:
             raise UserError(f"reflow_share must be in (0, 1), not {self.reflow_share}")
         if self.simulation_steps < 1:
@@ -135,7 +134,7 @@ class LiveReflow(Objective):
         t = uniform_times(size, generator, x0, self.M if self.grid_times else None)
         null = null_condition(models.net, batch.cond)
         made = simulate(
-            models.net if models.ema is None else models.ema,
+            models.target,
             x0[:rows],
             self.simulation_steps,
             None if batch.cond is None else batch.cond[:rows],

@@ -26,6 +26,8 @@ from anystep.objectives import (
     Loss,
     Models,
     Objective,
+    check_bound,
+    check_decay,
     copy_weights,
     noise_like,
     squared_error,
@@ -62,10 +64,8 @@ class ProgressiveDistillation(Objective):
     def __post_init__(self) -> None:
         if finest_level(self.M) < 1:
             raise UserError("progressive distillation needs M of at least 2")
-        if self.target_ema is not None and not 0 <= self.target_ema < 1:
-            raise UserError(f"target_ema must be in [0, 1) or None, not {self.target_ema}")
-        if self.clip is not None and not self.clip > 0:
-            raise UserError(f"clip must be positive or None, not {self.clip}")
+        check_decay(self.target_ema)
+        check_bound("clip", self.clip)
 
     @classmethod
     def authors(cls) -> "ProgressiveDistillation":
@@ -98,7 +98,7 @@ class ProgressiveDistillation(Objective):
 
     def advance(self, models: Models, progress: float) -> None:
         """Teacher := student."""
-        copy_weights(models.net if models.ema is None else models.ema, models.teacher)
+        copy_weights(models.target, models.teacher)
 
     def __call__(
         self, models: Models, batch: Batch, progress: float, generator: torch.Generator

@@ -29,6 +29,8 @@ from anystep.objectives import (
     Loss,
     Models,
     Objective,
+    check_bound,
+    check_decay,
     group_means,
     noise_like,
     squared_error,
@@ -75,11 +77,9 @@ class Shortcut(Objective):
             raise UserError("a shortcut model needs M of at least 2")
         if not 0 <= self.bootstrap_share < 1:
             raise UserError(f"bootstrap_share must be in [0, 1), not {self.bootstrap_share}")
-        if self.target_ema is not None and not 0 <= self.target_ema < 1:
-            raise UserError(f"target_ema must be in [0, 1) or None, not {self.target_ema}")
+        check_decay(self.target_ema)
         check_label_dropout(self.label_dropout)
-        if self.clip is not None and not self.clip > 0:
-            raise UserError(f"clip must be positive or None, not {self.clip}")
+        check_bound("clip", self.clip)
         if self.guidance != 1 and not self.label_dropout:
             raise UserError("guidance in the targets needs label_dropout, to train the null label")
         if not 0 <= self.guided_level < finest_level(self.M):
@@ -207,7 +207,7 @@ class Shortcut(Objective):
             )
             guidance = torch.where(level == self.guided_level, self.guidance, 1.0)
         return two_step_target(
-            models.net if models.ema is None else models.ema,
+            models.target,
             x_t,
             t,
             d,
