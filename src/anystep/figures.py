@@ -98,7 +98,7 @@ def plot_quality(
         axis.set_xticks(steps, [str(n) for n in steps])
         axis.set(xlabel="sampling steps", title=metric)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    legend(figure, axes)
     figure.savefig(path, dpi=120)
 
 
@@ -111,9 +111,20 @@ def plot_curves(
         for k, (name, line) in enumerate(lines.items()):
             axis.plot(list(line), list(line.values()), ms=3, label=name, **style(k))
         axis.set(xlabel=xlabel, title=title, yscale="log")
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+    legend(figure, axes)
     figure.savefig(path, dpi=120)
+
+
+def legend(figure: Any, axes: "np.ndarray[Any, Any]") -> None:
+    """Names of the lines: in each panel, or beside them all where they would hide the lines."""
+    handles, labels = axes[0].get_legend_handles_labels()
+    if len(labels) > 5:
+        figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+        return
+    for axis in axes:
+        axis.legend(fontsize=8)
 
 
 def style(k: int) -> dict[str, str]:
