@@ -120,7 +120,7 @@ class ConsistencyTraining(Objective):
         else:
             per_example = bins * pseudo_huber(u, target, 1 - t)
         metrics = {"loss/consistency": per_example.detach().mean()}
-        return Loss(per_example, metrics | {"bins": torch.tensor(float(bins), device=x1.device)})
+        return Loss(per_example, metrics | {"bins": torch.full((), float(bins), device=x1.device)})
 
 
 ConsistencyTraining.VARIANTS = {

@@ -123,7 +123,7 @@ class ProgressiveDistillation(Objective):
         )
         per_example = squared_error(models.net(x_t, t, d, batch.cond), target)
         metrics = {"loss/distillation": per_example.detach().mean()}
-        return Loss(per_example, metrics | {"step_size": torch.tensor(size, device=x1.device)})
+        return Loss(per_example, metrics | {"step_size": torch.full((), size, device=x1.device)})
 
 
 ProgressiveDistillation.VARIANTS = {"authors": ProgressiveDistillation.authors}
