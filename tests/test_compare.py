@@ -211,6 +211,7 @@ def test_a_rate_that_diverges_is_not_chosen(tmp_path, monkeypatch):
 def test_a_run_is_left_to_the_process_that_has_it(done, tmp_path):
     made, _, _ = done
     assert made.lock("x").lock_file == comparison(made.config.out).lock("x").lock_file
+    assert made.lock("x-0.5").lock_file != made.lock("x-0.25").lock_file
     with made.lock("x"), pytest.raises(Timeout):
         comparison(made.config.out).lock("x").acquire(timeout=0.01)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 MIN_SIDE = 48  # small images are enlarged to about this many pixels, without smoothing
 MARGIN = 2
+LEGEND = 2.2  # inches for a legend beside the panels, so that it does not squeeze them
 
 
 def to_picture(x: Tensor) -> Image.Image:
@@ -121,6 +122,8 @@ def legend(figure: Any, axes: "np.ndarray[Any, Any]") -> None:
     """Names of the lines: in each panel, or beside them all where they would hide the lines."""
     handles, labels = axes[0].get_legend_handles_labels()
     if len(labels) > 5:
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width + LEGEND, height)
         figure.legend(handles, labels, loc="outside right upper", fontsize=8)
         return
     for axis in axes:

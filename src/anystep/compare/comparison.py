@@ -181,7 +181,7 @@ class Comparison:
         """A lock that keeps a run to one process."""
         folder = self.folder(key)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(folder.with_suffix(".lock"))
+        return FileLock(folder.with_name(f"{key}.lock"))  # a key may hold dots
 
     def folder(self, key: str) -> Path:
         """Where a run is trained."""
