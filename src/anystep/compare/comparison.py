@@ -283,7 +283,7 @@ def with_steps(config: TrainConfig, budget: int, looks: int) -> TrainConfig:
         raise UserError(f"{config.out.name}: a budget of {budget:,} pays for {steps} steps only")
     log = replace(
         config.log,
-        look_every=-(-steps // looks) if looks else 0,
+        look_every=max(steps // looks, 1) if looks else 0,
         look_steps=(1, 4),
         tensorboard=False,
     )
