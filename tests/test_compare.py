@@ -8,7 +8,7 @@ from anystep import checkpoint, report
 from anystep.cli import main
 from anystep.compare import CompareConfig, Comparison, Entry, write_report
 from anystep.compare import comparison as running
-from anystep.compare.comparison import forwards_per_step
+from anystep.compare.budget import forwards_per_step, with_steps
 from anystep.compare.report import table
 from anystep.config import LogConfig, OptimizerConfig, TrainConfig, config_json
 from anystep.data.mixture import Mixture
@@ -240,6 +240,14 @@ def test_cost_is_counted_over_all_phases(tmp_path):
     assert forwards_per_step(config) == 3 * 64
     share = Shortcut().bootstrap_rows(64)
     assert forwards_per_step(replace(config, objective=Shortcut())) == 3 * 64 + 2 * share
+
+
+def test_the_last_look_is_at_the_end_of_a_run(tmp_path):
+    config = replace(base(), objective=FlowMatching(), out=tmp_path)
+    made = with_steps(config, 1442 * 3 * 64, looks=6)
+    assert made.steps == 1442
+    looks = [n for n in range(1, made.steps + 1) if n % made.log.look_every == 0]
+    assert len(looks) == 6 and made.steps - looks[-1] < 6
 
 
 class TestCommandLine:

@@ -24,21 +24,20 @@ import torch
 from filelock import FileLock
 
 from anystep import checkpoint
+from anystep.compare.budget import forwards_per_step, with_steps
 from anystep.compare.judging import judged, quick
 from anystep.compare.plan import TEACHER, Choice, CompareConfig, Entry, splits
 from anystep.config import TrainConfig, changes, config_json, pick_device
-from anystep.data import Splits, seeded
+from anystep.data import Splits
 from anystep.data.pairs import Pairs
 from anystep.errors import UserError
 from anystep.evaluate import Judge
-from anystep.objectives import Batch
 from anystep.pairs import make_pairs
 from anystep.presets import objective
 from anystep.provenance import provenance
 from anystep.registry import differences
 from anystep.report import save_grid
 from anystep.spec import Model
-from anystep.state import initial_state
 from anystep.train import Diverged, train
 
 SWEEP_SHARE = 0.25  # of the budget
@@ -270,33 +269,3 @@ class Comparison:
             raise KeyboardInterrupt
         facts: dict[str, Any] = checkpoint.read_info(checkpoint.find_model(config.out))["training"]
         return facts
-
-
-def with_steps(config: TrainConfig, budget: int, looks: int) -> TrainConfig:
-    """The config with the steps that a budget pays for, and so many looks along the way.
-
-    Raises:
-        UserError: the budget is too small for the method.
-    """
-    steps = int(budget / forwards_per_step(config))
-    if steps < config.objective.phases:
-        raise UserError(f"{config.out.name}: a budget of {budget:,} pays for {steps} steps only")
-    log = replace(
-        config.log,
-        look_every=max(steps // looks, 1) if looks else 0,
-        look_steps=(1, 4),
-        tensorboard=False,
-    )
-    return replace(config, steps=steps, log=log)
-
-
-def forwards_per_step(config: TrainConfig) -> float:
-    """Forward-equivalents of a training step, counted over steps from all of the run."""
-    data = config.data.load().train
-    state = initial_state(config, Splits(data, data), torch.device("cpu"))
-    index = torch.arange(config.batch) % len(data)
-    batch = Batch(*data.batch(index), data.noise(index))
-    moments = 2 * config.objective.phases
-    for k in range(moments):
-        config.objective(state.models, batch, (k + 0.5) / moments, seeded(0, k))
-    return state.counter.rows / moments
