@@ -730,9 +730,9 @@ def test_noises_stay_with_their_examples(tmp_path, key):
     for part in Arrays(file, held_out=0.25, **named).load():
         assert part.x0.dtype == torch.float32
         torch.testing.assert_close(part.x0, part.x + 7)
-        torch.testing.assert_close(part.noise(slice(1, 3)), part.x[1:3] + 7)
+        torch.testing.assert_close(part.read(slice(1, 3)).x0, part.x[1:3] + 7)
     plain = Arrays(store(tmp_path, x=x)).load().train
-    assert plain.x0 is None and plain.noise(slice(1, 3)) is None
+    assert plain.x0 is None and plain.read(slice(1, 3)).x0 is None
 
 
 def test_noises_of_grey_images_get_a_channel_and_may_exceed_one(tmp_path):

@@ -319,7 +319,7 @@ def test_pairs_are_a_dataset_with_noise_and_hold_nothing_out(teacher, tmp_path):
     train, held_out = Pairs(tmp_path / "pairs").load()
     assert len(held_out) == 0 and held_out.shape == (2,)
     assert train.num_classes == 8 and train.labels.dtype == torch.int64
-    assert torch.equal(train.noise(slice(3, 5)), train.x0[3:5])
+    assert torch.equal(train.read(slice(3, 5)).x0, train.x0[3:5])
     assert train.digest() != replace(train, x0=None).digest()
     assert train.digest() != replace(train, x0=train.x0 + 1).digest()
 

@@ -336,7 +336,9 @@ def test_a_pair_is_mirrored_as_one(tmp_path):
     data = Arrays(tmp_path / "pairs.npz", held_out=0.0)
     run = config(tmp_path / "run", Reflow(), data=data, flip=True)
     splits, generator = data.load(), torch.Generator().manual_seed(0)
-    x1, _, x0 = training.load_batch(run, splits, torch.arange(40), generator, torch.device("cpu"))
+    x1, _, x0 = training.load_batch(
+        run, splits.train, splits.train.read(slice(40)), generator, torch.device("cpu")
+    )
     original = splits.train.batch(slice(None))[0]
     mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(x1, original, strict=True)]
     assert torch.equal(x0, -2 * x1) and 5 < sum(mirrored) < 35

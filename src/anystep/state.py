@@ -34,6 +34,7 @@ class State:
         origin: where the teacher came from, and what it cost.
         step: steps done.
         seconds: time they took.
+        position: where in the data the next step begins, when its number does not say.
     """
 
     model: Model
@@ -46,6 +47,7 @@ class State:
     origin: dict[str, Any]
     step: int = 0
     seconds: float = 0.0
+    position: Any = None
 
     @property
     def models(self) -> Models:
@@ -112,6 +114,7 @@ class State:
         self.seconds = float(facts.get("seconds", 0))
         self.counter.rows = int(facts.get("forwards", 0))
         self.origin = facts.get("teacher", {})
+        self.position = facts.get("position")
 
 
 def initial_state(config: TrainConfig, splits: Splits, device: torch.device) -> State:
@@ -185,6 +188,7 @@ def save(state: State, config: TrainConfig) -> Path:
         "forwards": state.counter.rows,
         "teacher": state.origin,
         "data": state.data,
+        "position": state.position,
         "config": config_json(config),
     }
     info = checkpoint.model_info(config.network, state.model.spec, training)

@@ -10,6 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from anystep import checkpoint, ema
 from anystep.config import TrainConfig, changes, config_json, pick_device
-from anystep.data import Order, Splits, mirror, seeded
+from anystep.data import Dataset, Splits, Stored, mirror, seeded
 from anystep.errors import UserError
 from anystep.log import MetricsLog
 from anystep.objectives import Batch
@@ -65,7 +66,8 @@ def train(config: TrainConfig, *, bar: bool = True) -> bool:
     if state.step >= config.steps:
         return True
 
-    order = Order(len(splits.train), config.batch, config.seed)
+    feed = splits.train.feed(config.batch, config.seed)
+    feed.seek(state.position)
     reference = config.data.reference(splits) if config.log.look_every else splits
     look = Look(config.log, reference, config.out, device)
     history: list[dict[str, Tensor]] = []
@@ -73,14 +75,19 @@ def train(config: TrainConfig, *, bar: bool = True) -> bool:
         interruptible() as stop,
         MetricsLog(config.out / METRICS, state.step, config.log.tensorboard) as log,
         progress_bar(config, state.step, bar) as progress,
+        ThreadPoolExecutor(1) as reader,  # reads a step ahead
     ):
+        coming = reader.submit(feed, state.step)
         clock, done = time.perf_counter(), False
         while not done:
             if state.step == config.phase(state.step)[0]:
                 state.begin_phase(config)
             generator = seeded(config.seed, state.step, device=device)
-            batch = load_batch(config, splits, order(state.step), generator, device)
+            stored = coming.result()
+            coming = reader.submit(feed, state.step + 1)
+            batch = load_batch(config, splits.train, stored, generator, device)
             history.append(training_step(state, batch, config, generator))
+            state.position = stored.position
             state.step += 1
             progress.update()
 
@@ -151,17 +158,17 @@ def open_run(config: TrainConfig) -> None:
 
 def load_batch(
     config: TrainConfig,
-    splits: Splits,
-    rows: Tensor,
+    data: Dataset,
+    stored: Stored,
     generator: torch.Generator,
     device: torch.device,
 ) -> Batch:
-    """The examples `rows` on the device, mirrored at random if the config says so."""
-    x1, cond, x0 = (
-        None if column is None else column.to(device, non_blocking=True)
-        for column in (*splits.train.batch(rows), splits.train.noise(rows))
+    """The stored examples on the device, mirrored at random if the config says so."""
+    x, cond, x0 = (
+        None if column is None else column.to(device, non_blocking=True) for column in stored[:3]
     )
-    assert x1 is not None
+    assert x is not None
+    x1 = data.draw(x, generator)
     if config.flip and x0 is not None:  # a pair is mirrored as one
         x1, x0 = mirror(torch.cat([x1, x0], 1), generator).chunk(2, 1)
     elif config.flip:

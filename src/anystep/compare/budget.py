@@ -34,7 +34,7 @@ def forwards_per_step(config: TrainConfig) -> float:
     data = config.data.load().train
     state = initial_state(config, Splits(data, data), torch.device("cpu"))
     index = torch.arange(config.batch) % len(data)
-    batch = Batch(*data.batch(index), data.noise(index))
+    batch = Batch(*data.batch(index), data.read(index).x0)
     moments = 2 * config.objective.phases
     for k in range(moments):
         config.objective(state.models, batch, (k + 0.5) / moments, seeded(0, k))

@@ -1,4 +1,4 @@
-"""Datasets: one file each, found by file name, all giving the same in-memory `Dataset`.
+"""Datasets: one file each, found by file name, all giving the same `Dataset`.
 
 A data config (`digits.Digits`, `folder.Folder`, ...) is a frozen dataclass whose `load()`
 returns the training split and a held-out split that training never sees.
@@ -8,13 +8,36 @@ import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from anystep.errors import UserError
+
+
+class Stored(NamedTuple):
+    """The examples of a training step as they are stored, on the CPU.
+
+    `position` is where the next step's begin: JSON data, or None when the number of the step
+    says it.
+    """
+
+    x: Tensor
+    labels: Tensor | None = None
+    x0: Tensor | None = None
+    position: Any = None
+
+
+class Feed(Protocol):
+    """What a training run reads its examples from; steps are asked for one after the other."""
+
+    def __call__(self, step: int) -> Stored:
+        """The examples of step `step`."""
+
+    def seek(self, position: Any) -> None:
+        """Go on from a `position` that an earlier feed gave."""
 
 
 @dataclass(frozen=True)
@@ -65,21 +88,33 @@ class Dataset:
                 digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()[:16]
 
-    def batch(self, rows: Tensor | slice) -> tuple[Tensor, Tensor | None]:
-        """Examples as the model sees them: float32 x1 (images in [-1, 1]) and labels."""
-        x = self.x[rows]
-        if x.dtype == torch.uint8:
-            x = x.float() / 127.5 - 1
-        return x, None if self.labels is None else self.labels[rows]
+    def read(self, rows: Tensor | slice) -> Stored:
+        """Examples as they are stored."""
+        labels, x0 = (None if a is None else a[rows] for a in (self.labels, self.x0))
+        return Stored(self.x[rows], labels, x0)
 
-    def noise(self, rows: Tensor | slice) -> Tensor | None:
-        """The noise that belongs to the examples of `batch(rows)`, if any does."""
-        return None if self.x0 is None else self.x0[rows]
+    def draw(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The x1 that a model sees, float32 (images in [-1, 1]), of stored examples.
+
+        Args:
+            x: from `read`, on any device.
+            generator: source of what is random in it, if anything is; its mean without one.
+        """
+        return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
+
+    def batch(self, rows: Tensor | slice) -> tuple[Tensor, Tensor | None]:
+        """Examples as the model sees them: x1 and labels."""
+        stored = self.read(rows)
+        return self.draw(stored.x), stored.labels
 
     def rows(self, index: Tensor) -> "Dataset":
         """The dataset made of the rows `index`."""
         labels, x0 = (None if a is None else a[index] for a in (self.labels, self.x0))
         return replace(self, x=self.x[index], labels=labels, x0=x0)
+
+    def feed(self, batch: int, seed: int) -> Feed:
+        """A feed of `batch` examples a step, in an order that follows from the seed."""
+        return InOrder(self, Order(len(self), batch, seed))
 
 
 class Splits(NamedTuple):
@@ -155,6 +190,20 @@ class Order:
             rows.append(part)
             position, left = position + len(part), left - len(part)
         return torch.cat(rows)
+
+
+class InOrder(NamedTuple):
+    """A feed of rows in an order: nothing to remember between steps."""
+
+    data: Dataset
+    order: Order
+
+    def __call__(self, step: int) -> Stored:
+        """The examples of step `step`."""
+        return self.data.read(self.order(step))
+
+    def seek(self, position: Any) -> None:
+        """Nothing to do: the number of the step says where it begins."""
 
 
 def seeded(
