@@ -13,12 +13,23 @@ LAYERS = [
     {"sampling"},
     {"objectives"},
     {"data", "metrics", "ema", "checkpoint", "interop", "figures", "log"},
-    {"config", "presets", "pairs", "state", "train", "evaluate", "report", "interpolation"},
+    {
+        "parallel",
+        "config",
+        "presets",
+        "pairs",
+        "state",
+        "train",
+        "evaluate",
+        "report",
+        "interpolation",
+    },
     {"provenance"},
     {"compare"},
     {"arguments"},
     {"commands"},
     {"cli"},
+    {"__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

@@ -2,14 +2,16 @@
 
 A *model folder* holds `model.safetensors` (the weights to sample with) and `model.json` (network,
 spec, and where they came from). A *checkpoint* is a model folder that also holds
-`training.safetensors`, everything needed to go on. A *run* keeps its newest checkpoints under
+`training.safetensors`, everything needed to go on, in one file or, from a sharded run, in several
+(`shard-*.safetensors`). A *run* keeps its newest checkpoints under
 `checkpoints/`. Wherever a model is asked for, any of the three will do. Nothing is unpickled.
 """
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +111,21 @@ def save_checkpoint(
 
     A crash at any instant leaves the older checkpoints as they were.
     """
-    folder = run / CHECKPOINTS / f"step-{step:08d}"
+    folder = checkpoint_folder(run, step)
     _replace(folder, {WEIGHTS: dict(net.state_dict()), TRAINING: dict(state)}, {MODEL: info})
+    prune(run, keep)
+    return folder
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / CHECKPOINTS / f"step-{step:08d}"
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
     for old in checkpoints(run)[:-keep]:
         _remove(old)
-    return folder
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -157,10 +169,10 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, data: Any) -> None:
     """Write a JSON file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(data, indent=2) + "\n")
-    _sync(temporary)
-    temporary.replace(path)
+    new = path.with_name(f".{path.name}.tmp")
+    new.write_text(json.dumps(data, indent=2) + "\n")
+    _sync(new)
+    new.replace(path)
     _sync(path.parent)
 
 
@@ -179,19 +191,31 @@ def load_weights(net: nn.Module, state: Mapping[str, Tensor], path: Path) -> Non
 def _replace(
     folder: Path, tensors: Mapping[str, dict[str, Tensor]], documents: Mapping[str, Any]
 ) -> None:
-    """Make `folder` hold just these files; it is complete from the instant it has its name."""
-    temporary = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, state in tensors.items():
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary / name)
-        _sync(temporary / name)
-    for name, document in documents.items():
-        write_json(temporary / name, document)
-    _sync(temporary)
+    """Make `folder` hold just these files."""
+    with replacing(folder) as new:
+        for name, state in tensors.items():
+            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, new / name)
+            _sync(new / name)
+        for name, document in documents.items():
+            write_json(new / name, document)
+
+
+def temporary(folder: Path) -> Path:
+    """Where a folder is written before it has its name."""
+    return folder.with_name(f".{folder.name}.new")
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """An empty folder to write to; it becomes `folder`, complete, when the block ends well."""
+    new = temporary(folder)
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    yield new
+    _sync(new)
     if folder.exists():
         _remove(folder)
-    temporary.rename(folder)
+    new.rename(folder)
     _sync(folder.parent)
 
 

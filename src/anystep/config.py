@@ -105,6 +105,10 @@ class TrainConfig:
         seed: everything random follows from it.
         device: "auto" is CUDA where there is one.
         precision: "auto" is bfloat16 autocast on CUDA and float32 elsewhere.
+        parallel: how the processes that torchrun started hold the networks, see
+            `anystep.parallel`; one process holds them whole.
+        recompute: compute a block's activations again in the backward pass instead of keeping
+            them: less memory, more time.
     """
 
     data: DataConfig
@@ -122,6 +126,8 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate"):
@@ -142,9 +148,9 @@ class TrainConfig:
         return first, end - first
 
 
-# These may differ between a run and its continuation: they do not change the weights. Where the
-# data and the teacher lie is free, since a checkpoint has the digest of the one, and the other.
-FREE = ("out", "log.", "device", "teacher", "data.path")
+# These may differ between a run and its continuation: they do not change what is computed. Where
+# data and teacher lie is free, since a checkpoint has the digest of the ones, and the other.
+FREE = ("out", "log.", "device", "teacher", "data.path", "parallel", "recompute")
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -4,25 +4,28 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 
 class MetricsLog:
     """Append one JSON object a line; lines after `step`, from a run that was cut off, go.
 
     Args:
-        path: the file, `metrics.jsonl`.
+        path: the file, `metrics.jsonl`; None writes nothing.
         step: the step from which the run goes on; 0 for a new one.
         tensorboard: also write events to `tensorboard/` beside the file.
     """
 
-    def __init__(self, path: Path, step: int, tensorboard: bool = False) -> None:
+    def __init__(self, path: Path | None, step: int, tensorboard: bool = False) -> None:
+        self.file: TextIO | None = None
+        self.events: Any = None
+        if path is None:
+            return
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(path)
         self.file = path.open("a")
-        self.events: Any = None
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -33,8 +36,9 @@ class MetricsLog:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line, and one event a metric."""
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
+        if self.file is not None:
+            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self.file.flush()
         if self.events is not None:
             for name, value in metrics.items():
                 self.events.add_scalar(name, value, step)
@@ -48,7 +52,8 @@ class MetricsLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
         if self.events is not None:
             self.events.close()
 

@@ -94,9 +94,12 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
 
 
 def save_grid(
-    path: Path, model: Model, steps: Sequence[int], *, columns: int = 10, seed: int = 0
+    path: Path | None, model: Model, steps: Sequence[int], *, columns: int = 10, seed: int = 0
 ) -> None:
-    """Save the same noises at each step count, a row each; classes in turn along a row."""
+    """Save the same noises at each step count, a row each; classes in turn along a row.
+
+    Without a path they are drawn and not saved: a process does its share of another's picture.
+    """
     spec = model.spec
     columns = columns if len(spec.shape) == 3 else 2000
     device = next(model.parameters()).device
@@ -104,7 +107,8 @@ def save_grid(
     if cond is not None:
         cond = (torch.arange(columns) % spec.num_classes).to(device)
     rows = [sample(model, x0.to(device), steps=n, cond=cond).cpu() for n in steps]
-    figures.save_rows(path, rows, [f"{n} step{'s' if n > 1 else ''}" for n in steps])
+    if path is not None:
+        figures.save_rows(path, rows, [f"{n} step{'s' if n > 1 else ''}" for n in steps])
 
 
 class Look:
@@ -113,11 +117,13 @@ class Look:
     Args:
         config: how often, at which step counts, how many samples.
         splits: the data.
-        out: the run's folder; pictures go to `samples/` in it.
+        out: the run's folder; pictures go to `samples/` in it. None writes none.
         device: where a classifier runs.
     """
 
-    def __init__(self, config: LogConfig, splits: Splits, out: Path, device: torch.device) -> None:
+    def __init__(
+        self, config: LogConfig, splits: Splits, out: Path | None, device: torch.device
+    ) -> None:
         self.config, self.splits, self.out, self.device = config, splits, out, device
         self.judge: Judge | None = None
 
@@ -130,7 +136,8 @@ class Look:
 
         Data that cannot be judged are warned of and do not stop the run.
         """
-        save_grid(self.out / "samples" / f"step-{step:08d}.png", model, self.config.look_steps)
+        path = self.out and self.out / "samples" / f"step-{step:08d}.png"
+        save_grid(path, model, self.config.look_steps)
         try:
             self.judge = self.judge or Judge(self.splits, device=self.device)
             metric = self.judge.metric

@@ -1,20 +1,25 @@
 """The state of a training run: everything a checkpoint holds, and how it gets there and back."""
 
+import contextlib
 import copy
+import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from anystep import checkpoint
+from anystep import checkpoint, parallel
 from anystep.compute import ForwardCounter
 from anystep.config import TrainConfig, config_json
 from anystep.data import Splits
 from anystep.errors import UserError
-from anystep.networks import build_model
+from anystep.networks import blocks_of, build_model
 from anystep.objectives import Models, copy_weights
+from anystep.parallel import Processes
 from anystep.registry import differences, to_json
 from anystep.spec import Model, ModelSpec
 
@@ -35,6 +40,8 @@ class State:
         step: steps done.
         seconds: time they took.
         position: where in the data the next step begins, when its number does not say.
+        processes: those that train, each with this state or a share of it.
+        called: the networks as an objective calls them, all processes together.
     """
 
     model: Model
@@ -45,29 +52,23 @@ class State:
     data: str
     counter: ForwardCounter
     origin: dict[str, Any]
+    processes: Processes
+    called: Models
     step: int = 0
     seconds: float = 0.0
     position: Any = None
 
-    @property
-    def models(self) -> Models:
-        """The networks as an objective sees them: asked only what the spec allows."""
-        spec = self.model.spec
-        target, teacher = (
-            None if net is None else Model(net, spec) for net in (self.target, self.teacher)
-        )
-        return Models(self.model, target, teacher)
-
     def begin_phase(self, config: TrainConfig) -> None:
         """Start the run, or advance to the phase whose first step is the next."""
         objective = config.objective
+        models = Models(self.model.net, self.target, self.teacher)  # weights, not to be called
         if self.step == 0:
-            objective.start(self.models)
+            objective.start(models)
             copy_weights(self.model.net, self.average)
             if self.target is not None:
                 copy_weights(self.model.net, self.target)
             return
-        objective.advance(self.models, self.step / config.steps)
+        objective.advance(models, self.step / config.steps)
         if not objective.keep_optimizer:
             self.optimizer.state.clear()
 
@@ -82,7 +83,7 @@ class State:
         return tensors
 
     def restore(self, folder: Path) -> None:
-        """Take everything from a checkpoint.
+        """Take everything from a checkpoint, however many processes wrote it.
 
         Raises:
             UserError: it is damaged, or was trained on other data.
@@ -92,6 +93,21 @@ class State:
             raise UserError(
                 f"the data have changed since {folder}: restore them, or train to another --out"
             )
+        if self.processes.mesh is None and (folder / checkpoint.TRAINING).exists():
+            self._restore_file(folder)
+        else:
+            for weight in self.model.net.parameters():
+                zeros = {key: torch.zeros_like(weight) for key in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[weight] = {"step": torch.tensor(0.0), **zeros}
+            parallel.read_shards(folder, self.tensors() | self.average.state_dict())
+        self.step = int(facts["step"])
+        self.seconds = float(facts.get("seconds", 0))
+        self.counter.rows = int(facts.get("forwards", 0))
+        self.origin = facts.get("teacher", {})
+        self.position = facts.get("position")
+
+    def _restore_file(self, folder: Path) -> None:
+        """Take weights, averages and moments from the two files of an unsharded checkpoint."""
         path = folder / checkpoint.TRAINING
         parts: dict[str, dict[str, Tensor]] = {"net": {}, "target": {}, "teacher": {}}
         moments: dict[int, dict[str, Tensor]] = {}
@@ -110,15 +126,16 @@ class State:
         checkpoint.load_weights(self.average, checkpoint.read_tensors(weights), weights)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.step = int(facts["step"])
-        self.seconds = float(facts.get("seconds", 0))
-        self.counter.rows = int(facts.get("forwards", 0))
-        self.origin = facts.get("teacher", {})
-        self.position = facts.get("position")
 
 
-def initial_state(config: TrainConfig, splits: Splits, device: torch.device) -> State:
+def initial_state(
+    config: TrainConfig,
+    splits: Splits,
+    device: torch.device,
+    processes: Processes | None = None,
+) -> State:
     """The state before the first step; the initial weights follow from the seed."""
+    processes = processes or Processes()
     data = splits.train
     base = ModelSpec(
         shape=data.shape,
@@ -128,20 +145,45 @@ def initial_state(config: TrainConfig, splits: Splits, device: torch.device) -> 
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = build_model(config.network, config.objective.spec(base)).to(device)
+        model = build_model(config.network, config.objective.spec(base))
 
     def frozen_copy() -> nn.Module:
-        return copy.deepcopy(model.net).requires_grad_(False)
+        return processes.place(copy.deepcopy(model.net).requires_grad_(False), device)
 
+    average = frozen_copy()
+    target = None if config.objective.target_ema is None else frozen_copy()
+    teacher = None if config.teacher is None else frozen_copy()
+    if config.recompute:
+        recompute_blocks(model.net)
+    processes.place(model.net, device)
     options = config.optimizer
     optimizer = torch.optim.AdamW(
         model.net.parameters(), options.lr, options.betas, weight_decay=options.weight_decay
     )
-    average = frozen_copy()
-    target = None if config.objective.target_ema is None else frozen_copy()
-    teacher = None if config.teacher is None else frozen_copy()
-    counter = ForwardCounter(model.net, target, teacher)  # last: a copy would copy its hooks
-    return State(model, average, target, teacher, optimizer, data.digest(), counter, {})
+
+    def called(net: nn.Module | None) -> Model | None:
+        return None if net is None else Model(processes.share(net), model.spec)
+
+    shared = [called(net) for net in (model.net, target, teacher)]
+    assert shared[0] is not None
+    return State(
+        model,
+        average,
+        target,
+        teacher,
+        optimizer,
+        data.digest(),
+        ForwardCounter(*shared),
+        {},
+        processes,
+        Models(shared[0], *shared[1:]),
+    )
+
+
+def recompute_blocks(net: nn.Module) -> None:
+    """Keep no activations inside the blocks: the backward pass computes them again."""
+    for block in blocks_of(net):
+        block.forward = partial(torch_checkpoint, block.forward, use_reentrant=False)
 
 
 def load_teacher(state: State, config: TrainConfig) -> None:
@@ -171,7 +213,10 @@ def load_teacher(state: State, config: TrainConfig) -> None:
             )
     config.objective.check_teacher(model.spec)
     assert state.teacher is not None
-    copy_weights(model.net, state.teacher)
+    if state.processes.mesh is None:
+        copy_weights(model.net, state.teacher)
+    else:
+        parallel.read_shards(folder, state.teacher.state_dict())
     training = info["training"]
     earlier = training.get("teacher") or {}
     state.origin = {
@@ -180,8 +225,8 @@ def load_teacher(state: State, config: TrainConfig) -> None:
     }
 
 
-def save(state: State, config: TrainConfig) -> Path:
-    """Write a checkpoint."""
+def save(state: State, config: TrainConfig) -> None:
+    """Write a checkpoint, all processes together."""
     training = {
         "step": state.step,
         "seconds": round(state.seconds, 1),
@@ -192,6 +237,32 @@ def save(state: State, config: TrainConfig) -> Path:
         "config": config_json(config),
     }
     info = checkpoint.model_info(config.network, state.model.spec, training)
-    return checkpoint.save_checkpoint(
-        config.out, state.step, state.average, info, state.tensors(), config.log.keep
+    keep, processes = config.log.keep, state.processes
+    if processes.mesh is not None:
+        save_shards(checkpoint.checkpoint_folder(config.out, state.step), state, info)
+        if processes.first:
+            checkpoint.prune(config.out, keep)
+    elif processes.first:
+        tensors = state.tensors()
+        checkpoint.save_checkpoint(config.out, state.step, state.average, info, tensors, keep)
+    processes.wait()
+
+
+def save_shards(folder: Path, state: State, info: dict[str, Any]) -> None:
+    """Write a checkpoint, each process its share; the averaged weights become one file."""
+    first = state.processes.first
+    place: contextlib.AbstractContextManager[Path] = (
+        checkpoint.replacing(folder)
+        if first
+        else contextlib.nullcontext(checkpoint.temporary(folder))
     )
+    with place as new:
+        state.processes.wait()
+        parallel.write_shards(new, state.tensors())
+        parallel.write_shards(new / "average", state.average.state_dict(), merge=True)
+        state.processes.wait()
+        if first:
+            (merged,) = (new / "average").glob("*.safetensors")
+            merged.rename(new / checkpoint.WEIGHTS)
+            shutil.rmtree(new / "average")
+            checkpoint.write_json(new / checkpoint.MODEL, info)

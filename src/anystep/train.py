@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from anystep import checkpoint, ema
+from anystep import checkpoint, ema, parallel
 from anystep.config import TrainConfig, changes, config_json, pick_device
 from anystep.data import Dataset, Splits, Stored, mirror, seeded
 from anystep.errors import UserError
@@ -55,12 +55,16 @@ def train(config: TrainConfig, *, bar: bool = True) -> bool:
     device = pick_device(config.device)
     splits = config.data.load()
     check_method(config, splits)
-    state = initial_state(config, splits, device)
+    shard_dtype = torch.bfloat16 if low_precision(config, device) else None
+    processes = parallel.join(config.parallel, device, shard_dtype)
+    state = initial_state(config, splits, device, processes)
     found = checkpoint.checkpoints(config.out)
     if not found:
         load_teacher(state, config)
-    open_run(config)
-    checkpoint.sweep(config.out)
+    if processes.first:
+        open_run(config)
+        checkpoint.sweep(config.out)
+    processes.wait()
     if found:
         state.restore(found[-1])
     if state.step >= config.steps:
@@ -69,12 +73,14 @@ def train(config: TrainConfig, *, bar: bool = True) -> bool:
     feed = splits.train.feed(config.batch, config.seed)
     feed.seek(state.position)
     reference = config.data.reference(splits) if config.log.look_every else splits
-    look = Look(config.log, reference, config.out, device)
+    look = Look(config.log, reference, config.out if processes.first else None, device)
+    average = Model(processes.share(state.average), state.model.spec)
+    metrics_file = config.out / METRICS if processes.first else None
     history: list[dict[str, Tensor]] = []
     with (
         interruptible() as stop,
-        MetricsLog(config.out / METRICS, state.step, config.log.tensorboard) as log,
-        progress_bar(config, state.step, bar) as progress,
+        MetricsLog(metrics_file, state.step, config.log.tensorboard) as log,
+        progress_bar(config, state.step, bar and processes.first) as progress,
         ThreadPoolExecutor(1) as reader,  # reads a step ahead
     ):
         coming = reader.submit(feed, state.step)
@@ -91,7 +97,9 @@ def train(config: TrainConfig, *, bar: bool = True) -> bool:
             state.step += 1
             progress.update()
 
-            done = state.step == config.steps or bool(stop)
+            done = state.step == config.steps
+            if processes.alone or state.step % config.log.every == 0:  # asking others takes time
+                done = processes.any(bool(stop)) or done
             look_now = look.due(state.step)
             if (
                 done
@@ -109,7 +117,7 @@ def train(config: TrainConfig, *, bar: bool = True) -> bool:
             if done or state.step % config.log.save_every == 0:
                 save(state, config)
             if look_now:
-                log.write(state.step, look(Model(state.average, state.model.spec), state.step))
+                log.write(state.step, look(average, state.step))
                 clock = time.perf_counter()
     return state.step >= config.steps and not stop
 
@@ -188,12 +196,12 @@ def training_step(
     parts = []
     for part in split_batch(batch, config.accumulate):
         with autocast(config, batch.x1.device):
-            loss = config.objective(state.models, part, state.step / config.steps, generator)
+            loss = config.objective(state.called, part, state.step / config.steps, generator)
         total = loss.per_example.sum() / len(batch.x1)
         total.backward()  # type: ignore[no-untyped-call]
         parts.append({"loss": loss.per_example.detach().mean()} | loss.metrics)
     bound = config.optimizer.clip or math.inf
-    norm = nn.utils.clip_grad_norm_(net.parameters(), bound)
+    norm = parallel.whole(nn.utils.clip_grad_norm_(net.parameters(), bound))
     optimizer.step()
     optimizer.zero_grad()
     ema.update(state.average, net, ema.warmed_up(config.ema, age))
@@ -220,11 +228,15 @@ def mean_of(metrics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     """bfloat16 autocast where the config asks for it, by default on CUDA."""
-    wanted = config.precision == "bfloat16"
-    wanted |= config.precision == "auto" and device.type == "cuda"
+    wanted = low_precision(config, device)
     # Without the cache: weights cast under no_grad for a target would be found again, and
     # cost the network its gradient, when it makes its own targets (pytorch issue 105211).
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted, cache_enabled=False)
+
+
+def low_precision(config: TrainConfig, device: torch.device) -> bool:
+    """Whether matrices are multiplied in bfloat16."""
+    return config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
 
 
 def summarise(

@@ -37,5 +37,5 @@ def forwards_per_step(config: TrainConfig) -> float:
     batch = Batch(*data.batch(index), data.read(index).x0)
     moments = 2 * config.objective.phases
     for k in range(moments):
-        config.objective(state.models, batch, (k + 0.5) / moments, seeded(0, k))
+        config.objective(state.called, batch, (k + 0.5) / moments, seeded(0, k))
     return state.counter.rows / moments

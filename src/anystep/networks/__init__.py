@@ -2,7 +2,7 @@
 
 A network config is a frozen dataclass whose `build` makes the module for the shape and classes
 of the data. A network knows its `null_label` (None when it is unconditional); `cond=None` means
-the null label for every row.
+the null label for every row. What it repeats is in its `blocks`, an `nn.ModuleList`.
 """
 
 from abc import ABC, abstractmethod
@@ -35,6 +35,12 @@ class NetworkConfig(ABC):
 
 
 BASE = NetworkConfig
+
+
+def blocks_of(net: nn.Module) -> list[nn.Module]:
+    """The blocks of a network, which may be sharded, or computed again, one at a time."""
+    assert isinstance(net.blocks, nn.ModuleList)
+    return list(net.blocks)
 
 
 def build_model(network: NetworkConfig, spec: ModelSpec) -> Model:
