@@ -10,10 +10,12 @@ it, and the work is even whatever an objective asks of which network.
     HSDP    FSDP2 among the processes of a node, DDP among nodes
 """
 
+import atexit
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -27,7 +29,6 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.nn.functional import all_gather
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -83,7 +84,7 @@ class Processes:
         if self.alone:
             return net
         if self.mesh is None and any(p.requires_grad for p in net.parameters()):
-            net = DistributedDataParallel(net, broadcast_buffers=False)
+            net = DistributedDataParallel(net)
         return SharedRows(net, self)
 
     def any(self, flag: bool) -> bool:
@@ -101,12 +102,7 @@ class Processes:
 
 
 class SharedRows(nn.Module):
-    """Sends each process's share of the rows through `net`, and gives all of them to all.
-
-    In the backward pass each process gets the gradient of its rows, summed over the processes,
-    which all computed the same loss: the mean that DDP and FSDP take over processes is then the
-    gradient of the whole batch.
-    """
+    """Sends each process's share of the rows through `net`, and gives all of them to all."""
 
     def __init__(self, net: nn.Module, processes: Processes) -> None:
         super().__init__()
@@ -119,7 +115,36 @@ class SharedRows(nn.Module):
         # Shares are equal, as collectives want them: the last row is repeated to fill the last.
         mine = torch.arange(first, first + share, device=x.device).clamp(max=len(x) - 1)
         u = self.net(x[mine], t[mine], d[mine], None if cond is None else cond[mine])
-        return torch.cat(all_gather(u.contiguous()))[: len(x)]  # type: ignore[no-untyped-call]
+        whole: Tensor = GatherRows.apply(u, self.processes)  # type: ignore[no-untyped-call]
+        return whole[: len(x)]
+
+
+class GatherRows(torch.autograd.Function):
+    """The rows of all processes, in order, on every process.
+
+    Every process computes the loss of all rows, and in the backward pass goes on with its own,
+    times the number of processes: the mean over processes that DDP and FSDP take of gradients is
+    then the gradient of the whole batch.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, processes: Processes) -> Tensor:
+        """Rows (share, *shape) of this process -> (count * share, *shape)."""
+        ctx.processes = processes
+        parts = [torch.empty_like(rows) for _ in range(processes.count)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """The gradient of this process's rows."""
+        processes = ctx.processes
+        return gradient.chunk(processes.count)[processes.rank] * processes.count, None
+
+
+def rank() -> int:
+    """Which of the processes that torchrun started this is; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def join(kind: Kind, device: torch.device, shard_dtype: torch.dtype | None) -> Processes:
@@ -143,6 +168,7 @@ def join(kind: Kind, device: torch.device, shard_dtype: torch.dtype | None) -> P
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     mesh = None
     if kind == "fsdp":
         mesh = init_device_mesh(device.type, (count,))
@@ -152,7 +178,7 @@ def join(kind: Kind, device: torch.device, shard_dtype: torch.dtype | None) -> P
             raise UserError(f"hsdp needs nodes of equally many processes, not {count} on {local}")
         names = ("replicate", "shard")
         mesh = init_device_mesh(device.type, (count // local, local), mesh_dim_names=names)
-    return Processes(dist.get_rank(), count, mesh, shard_dtype)
+    return Processes(rank(), count, mesh, shard_dtype)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -183,7 +209,9 @@ def read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
         UserError: a file or tensor is missing, damaged or of another shape.
     """
     try:
-        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is")  # one process may read alone
+            load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         line = " ".join(str(cause).split())

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from anystep import checkpoint
+from anystep import checkpoint, parallel
 from anystep.arguments import parse, take
 from anystep.config import TrainConfig, config_json
 from anystep.errors import UserError
@@ -48,7 +48,10 @@ def run(args: Sequence[str]) -> int:
         print(json.dumps(config_json(config), indent=2))
         return 0
     clock = time.perf_counter()
-    if not train(config):
+    finished = train(config)
+    if parallel.rank() != 0:
+        return 0 if finished else INTERRUPTED
+    if not finished:
         print(f"interrupted; the run is saved: the same command goes on with it ({config.out})")
         return INTERRUPTED
     print(f"trained {config.out} in {time.perf_counter() - clock:.0f} s")
