@@ -143,9 +143,9 @@ def runs(tmp_path_factory):
 def test_two_processes_compute_what_one_does(runs, case, kind):
     one, two = runs[case]["one"], runs[case][kind]
     gradients, shared = (load_file(r.out / parallel_worker.GRADIENTS) for r in (one, two))
-    assert any(v.abs().max() > 1e-4 for v in gradients.values())
+    assert any(v.any() for v in gradients.values())
     assert_close(shared, gradients, 2e-5)
-    assert_close(tensors(two), tensors(one), 2e-3)
+    assert_close(tensors(two), tensors(one), 5e-3)
     facts = [checkpoint.read_info(checkpoint.find_model(r.out))["training"] for r in (one, two)]
     assert facts[0]["forwards"] == facts[1]["forwards"] > 0
     assert read_metrics(two.out / METRICS)[-1]["step"] == STEPS
@@ -182,8 +182,8 @@ def test_a_checkpoint_of_two_processes_goes_on_with_one_and_three(runs, tmp_path
             assert max(held) < 0.4 * total
         else:
             assert held == [total] * 3
-        assert_close(tensors(run), end, 2e-3)
-    assert_close(tensors(one), end, 2e-3)
+        assert_close(tensors(run), end, 5e-3)
+    assert_close(tensors(one), end, 5e-3)
 
 
 def test_a_checkpoint_of_one_process_goes_on_sharded(runs, tmp_path):
@@ -191,7 +191,7 @@ def test_a_checkpoint_of_one_process_goes_on_sharded(runs, tmp_path):
     two = cut_to(one, tmp_path / "two", 10, parallel="fsdp")
     code, output = launch(2, "train", two)
     assert code == 0, output
-    assert_close(tensors(two), tensors(one), 2e-3)
+    assert_close(tensors(two), tensors(one), 5e-3)
 
 
 def test_a_sharded_run_is_sampled_as_any_other(runs, capsys):

@@ -168,7 +168,7 @@ def join(kind: Kind, device: torch.device, shard_dtype: torch.dtype | None) -> P
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
+        atexit.register(leave)
     mesh = None
     if kind == "fsdp":
         mesh = init_device_mesh(device.type, (count,))
@@ -179,6 +179,12 @@ def join(kind: Kind, device: torch.device, shard_dtype: torch.dtype | None) -> P
         names = ("replicate", "shard")
         mesh = init_device_mesh(device.type, (count // local, local), mesh_dim_names=names)
     return Processes(rank(), count, mesh, shard_dtype)
+
+
+def leave() -> None:
+    """Close the connections to the other processes."""
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def whole(tensor: Tensor) -> Tensor:
