@@ -112,12 +112,14 @@ class Look:
 
     Args:
         config: how often, at which step counts, how many samples.
-        splits: the data.
+        splits: the data samples are judged against; None when no look is ever due.
         out: the run's folder; pictures go to `samples/` in it.
         device: where a classifier runs.
     """
 
-    def __init__(self, config: LogConfig, splits: Splits, out: Path, device: torch.device) -> None:
+    def __init__(
+        self, config: LogConfig, splits: Splits | None, out: Path, device: torch.device
+    ) -> None:
         self.config, self.splits, self.out, self.device = config, splits, out, device
         self.judge: Judge | None = None
 
@@ -130,6 +132,7 @@ class Look:
 
         Data that cannot be judged are warned of and do not stop the run.
         """
+        assert self.splits is not None
         save_grid(self.out / "samples" / f"step-{step:08d}.png", model, self.config.look_steps)
         try:
             self.judge = self.judge or Judge(self.splits, device=self.device)

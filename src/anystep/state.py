@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from anystep import checkpoint
 from anystep.compute import ForwardCounter
 from anystep.config import TrainConfig, config_json
-from anystep.data import Splits
+from anystep.data import Loaded
 from anystep.errors import UserError
 from anystep.networks import build_model
 from anystep.objectives import Models, copy_weights
@@ -117,7 +117,7 @@ class State:
         self.position = facts.get("position")
 
 
-def initial_state(config: TrainConfig, splits: Splits, device: torch.device) -> State:
+def initial_state(config: TrainConfig, splits: Loaded, device: torch.device) -> State:
     """The state before the first step; the initial weights follow from the seed."""
     data = splits.train
     base = ModelSpec(
