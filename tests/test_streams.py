@@ -17,7 +17,7 @@ from PIL import Image
 from anystep import checkpoint, cli, registry
 from anystep import train as training
 from anystep.config import LogConfig, TrainConfig
-from anystep.data import Splits
+from anystep.data import Splits, hub
 from anystep.data.folder import Folder
 from anystep.data.hub import Hub
 from anystep.data.webdataset import WebDataset
@@ -193,6 +193,26 @@ def test_blocks_mix_what_stands_side_by_side(made):
     steps(data.feed(COUNT, 0), 4)
     epochs = [tuple(opened[k : k + 4]) for k in (0, 4, 8, 12)]
     assert all(sorted(epoch) == [0, 1, 2, 3] for epoch in epochs) and len(set(epochs)) > 1
+
+
+def test_many_files_are_read_as_a_few_groups(made, truth, monkeypatch):
+    monkeypatch.setattr(hub, "MOST_SHARDS", 4)
+    data, _ = config(made, "stream imagefolder").load()
+    assert len(data.source) == 4
+    assert Counter(seen(steps(data.feed(COUNT, 0), 1))) == truth
+
+
+def test_the_order_in_a_block_depends_on_seed_epoch_and_block(made, tmp_path):
+    urls = shards(tmp_path, range(20), 1)  # one shard: there is nothing else to shuffle
+    data, _ = WebDataset(urls=urls, num_classes=3, buffer=10, **SMALL).load()
+    plain = seen([data.stored(list(data.examples()))])
+    orders = set()
+    for seed in (0, 1):
+        read = seen(steps(data.feed(10, seed), 4))
+        for start in range(0, 40, 10):
+            block = plain[start % 20 : start % 20 + 10]
+            orders.add(tuple(block.index(row) for row in read[start : start + 10]))
+    assert len(orders) == 8 and tuple(range(10)) not in orders
 
 
 # --- resuming -----------------------------------------------------------------------------------
