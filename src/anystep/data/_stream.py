@@ -9,6 +9,7 @@ number of its examples already given say all there is to know: resuming reads on
 memory in use is one block of encoded pictures.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
@@ -16,9 +17,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from anystep.data import Feed, Order, Stored, Streams, seeded
+from anystep.data import Dataset, Feed, Order, Stored, Streams, seeded
 from anystep.data._pictures import Example, Pictures, digest, one_line, too_few
 from anystep.errors import UserError
+
+SORTED = 100  # so many examples of one class in a row are no accident
 
 
 class Shards(Protocol):
@@ -173,4 +176,17 @@ def split_stream(stream: Stream, held_out: int) -> Streams:
     apart, (first, shard, row) = found[:held_out], found[held_out]
     stream.stored([first])  # a wrong key or size is better told now than in the first step
     train = replace(stream, shards=shards[shard:], skipped=row)
-    return Streams(train, stream.decoded(example for example, _, _ in apart))
+    held = stream.decoded(example for example, _, _ in apart)
+    _warn_if_sorted(held)
+    return Streams(train, held)
+
+
+def _warn_if_sorted(held: Dataset) -> None:
+    """Warn when the first examples of many classes are all of one."""
+    one = held.labels is not None and len(held.labels.unique()) == 1
+    if one and held.num_classes > 1 and len(held) >= SORTED:
+        warnings.warn(
+            f"the first {len(held)} examples are all of one class: shuffle the examples when a "
+            "stream is written, for its blocks do not mix what is far apart",
+            stacklevel=4,
+        )

@@ -29,7 +29,7 @@ from anystep.data.arrays import class_ids
 from anystep.errors import UserError
 from anystep.registry import unknown
 
-MOST_SHARDS = 256  # more files are read as so many groups: a folder has one picture a file
+MOST_SHARDS = 1024  # more files are read in so many groups: opening one looks at all of them
 PROBES = 16  # rows whose content is in the digest of map-style data
 
 
