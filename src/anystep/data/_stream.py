@@ -183,7 +183,7 @@ def split_stream(stream: Stream, held_out: int) -> Streams:
 
 def _warn_if_sorted(held: Dataset) -> None:
     """Warn when the first examples of many classes are all of one."""
-    one = held.labels is not None and len(held.labels.unique()) == 1
+    one = held.labels is not None and bool((held.labels == held.labels[:1]).all())
     if one and held.num_classes > 1 and len(held) >= SORTED:
         warnings.warn(
             f"the first {len(held)} examples are all of one class: shuffle the examples when a "
