@@ -5,15 +5,16 @@ come, are cut into blocks of `buffer`; each block is permuted by itself. A batch
 examples of that, over the borders of blocks and epochs.
 
 Both orders follow from (seed, epoch, block) alone, so the place where a block begins and the
-number of its examples already given say all there is to know: resuming reads one block again. The
-memory in use is one block of encoded pictures.
+number of its examples already given say all there is to know: resuming reads one block again.
+While a block is given the next one is read, so two of encoded pictures are in memory.
 """
 
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -21,6 +22,7 @@ from anystep.data import Dataset, Feed, Order, Stored, Streams, seeded
 from anystep.data._pictures import Example, Pictures, digest, one_line, too_few
 from anystep.errors import UserError
 
+T = TypeVar("T")
 SORTED = 100  # so many examples of one class in a row are no accident
 
 
@@ -116,25 +118,40 @@ class Stream(Pictures):
         Raises:
             UserError: a shard cannot be read, or the data are not those `place` was in.
         """
+        given = place.given
+        for start, found in ahead(self.blocks(seed, place)):
+            if len(found) < given:
+                raise UserError("the data have fewer examples than before; restore them")
+            generator = seeded(seed, start.block, stream=2 + start.epoch)
+            mixed = torch.randperm(len(found), generator=generator).tolist()
+            for k in range(given, len(found)):
+                yield found[mixed[k]], start._replace(given=k + 1)
+            given = 0
+
+    def blocks(self, seed: int, place: Place) -> Iterator[tuple[Place, list[Example]]]:
+        """Blocks for ever, as they are read, from the one that begins at `place` on."""
         order = Order(len(self.shards), len(self.shards), seed)
         for epoch in count(place.epoch):
-            shards = [self.shards[k] for k in order(epoch).tolist()]
-            walk = self.walk(shards, place.shard, place.row)
+            walk = self.walk([self.shards[k] for k in order(epoch)], place.shard, place.row)
             for block in count(place.block):
                 found = list(islice(walk, self.buffer))
-                if len(found) < place.given or (not found and block == 0):
+                if not found and block == place.block and epoch == place.epoch:
                     raise UserError("the data have fewer examples than before; restore them")
                 if not found:
                     break
                 _, shard, row = found[0]
-                mixed = torch.randperm(
-                    len(found), generator=seeded(seed, block, stream=2 + epoch)
-                ).tolist()
-                for given in range(place.given, len(found)):
-                    here = Place(epoch, block, shard, row, given + 1)
-                    yield found[mixed[given]][0], here
-                place = Place()
+                yield Place(epoch, block, shard, row), [example for example, _, _ in found]
             place = Place()
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items of an endless iterator, each made while the one before it is in use."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, items)
+        while True:
+            item = coming.result()
+            coming = reader.submit(next, items)
+            yield item
 
 
 @dataclass
