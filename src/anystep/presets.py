@@ -14,8 +14,10 @@ from anystep.data.arrays import Arrays
 from anystep.data.digits import Digits
 from anystep.data.fashion_mnist import FashionMNIST
 from anystep.data.folder import Folder
+from anystep.data.hub import Hub
 from anystep.data.mixture import Mixture
 from anystep.data.pairs import Pairs
+from anystep.data.webdataset import WebDataset
 from anystep.errors import UserError
 from anystep.networks.dit import DiTConfig
 from anystep.networks.mlp import MLPConfig
@@ -59,6 +61,36 @@ def folder(objective: Objective) -> TrainConfig:
     """Your pictures at 32x32; name the folder with --data.path."""
     return TrainConfig(
         data=Folder(path=tyro.MISSING),
+        network=DiTConfig(patch=4, width=192, depth=6, heads=6),
+        objective=objective,
+        optimizer=OptimizerConfig(
+            lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup=200, decay="cosine"
+        ),
+        log=LogConfig(look_every=500),
+        steps=20_000,
+        batch=64,
+    )
+
+
+def hub(objective: Objective) -> TrainConfig:
+    """Pictures of a Hugging Face dataset at 32x32; name it with --data.path."""
+    return TrainConfig(
+        data=Hub(path=tyro.MISSING),
+        network=DiTConfig(patch=4, width=192, depth=6, heads=6),
+        objective=objective,
+        optimizer=OptimizerConfig(
+            lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, warmup=200, decay="cosine"
+        ),
+        log=LogConfig(look_every=500),
+        steps=20_000,
+        batch=64,
+    )
+
+
+def webdataset(objective: Objective) -> TrainConfig:
+    """Pictures in tar shards at 32x32; name them with --data.urls."""
+    return TrainConfig(
+        data=WebDataset(urls=tyro.MISSING),
         network=DiTConfig(patch=4, width=192, depth=6, heads=6),
         objective=objective,
         optimizer=OptimizerConfig(
@@ -130,7 +162,7 @@ def mixture(objective: Objective) -> TrainConfig:
 
 PRESETS: dict[str, Preset] = {
     preset.__name__.replace("_", "-"): preset
-    for preset in (digits, fashion_mnist, folder, arrays, vectors, pairs, mixture)
+    for preset in (digits, fashion_mnist, folder, hub, webdataset, arrays, vectors, pairs, mixture)
 }
 
 

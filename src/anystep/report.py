@@ -116,13 +116,13 @@ class Look:
 
     Args:
         config: how often, at which step counts, how many samples.
-        splits: the data.
+        splits: the data samples are judged against; None when no look is ever due.
         out: the run's folder; pictures go to `samples/` in it. None writes none.
         device: where a classifier runs.
     """
 
     def __init__(
-        self, config: LogConfig, splits: Splits, out: Path | None, device: torch.device
+        self, config: LogConfig, splits: Splits | None, out: Path | None, device: torch.device
     ) -> None:
         self.config, self.splits, self.out, self.device = config, splits, out, device
         self.judge: Judge | None = None
@@ -136,6 +136,7 @@ class Look:
 
         Data that cannot be judged are warned of and do not stop the run.
         """
+        assert self.splits is not None
         path = self.out and self.out / "samples" / f"step-{step:08d}.png"
         save_grid(path, model, self.config.look_steps)
         try:

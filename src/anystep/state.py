@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from anystep import checkpoint, parallel
 from anystep.compute import ForwardCounter
 from anystep.config import TrainConfig, config_json
-from anystep.data import Splits
+from anystep.data import Loaded
 from anystep.errors import UserError
 from anystep.networks import blocks_of, build_model
 from anystep.objectives import Models, copy_weights
@@ -130,7 +130,7 @@ class State:
 
 def initial_state(
     config: TrainConfig,
-    splits: Splits,
+    splits: Loaded,
     device: torch.device,
     processes: Processes | None = None,
 ) -> State:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from anystep import checkpoint, ema, parallel
 from anystep.config import TrainConfig, changes, config_json, pick_device
-from anystep.data import Dataset, Splits, Stored, mirror, seeded
+from anystep.data import Examples, Loaded, Stored, mirror, seeded
 from anystep.errors import UserError
 from anystep.log import MetricsLog
 from anystep.objectives import Batch
@@ -72,7 +72,7 @@ def train(config: TrainConfig, *, bar: bool = True) -> bool:
 
     feed = splits.train.feed(config.batch, config.seed)
     feed.seek(state.position)
-    reference = config.data.reference(splits) if config.log.look_every else splits
+    reference = config.data.reference(splits) if config.log.look_every else None
     look = Look(config.log, reference, config.out if processes.first else None, device)
     average = Model(processes.share(state.average), state.model.spec)
     metrics_file = config.out / METRICS if processes.first else None
@@ -122,7 +122,7 @@ def train(config: TrainConfig, *, bar: bool = True) -> bool:
     return state.step >= config.steps and not stop
 
 
-def check_method(config: TrainConfig, splits: Splits) -> None:
+def check_method(config: TrainConfig, splits: Loaded) -> None:
     """Raise `UserError` when a teacher, pairs or steps are missing, or a teacher not wanted."""
     wanted, method = config.objective.TEACHER, name_of(config.objective)
     if wanted == "required" and config.teacher is None:
@@ -166,7 +166,7 @@ def open_run(config: TrainConfig) -> None:
 
 def load_batch(
     config: TrainConfig,
-    data: Dataset,
+    data: Examples,
     stored: Stored,
     generator: torch.Generator,
     device: torch.device,

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from anystep.config import TrainConfig
-from anystep.data import Splits, seeded
+from anystep.data import seeded
 from anystep.errors import UserError
 from anystep.objectives import Batch
 from anystep.state import initial_state
@@ -31,10 +31,10 @@ def with_steps(config: TrainConfig, budget: int, looks: int) -> TrainConfig:
 
 def forwards_per_step(config: TrainConfig) -> float:
     """Forward-equivalents of a training step, counted over steps from all of the run."""
-    data = config.data.load().train
-    state = initial_state(config, Splits(data, data), torch.device("cpu"))
-    index = torch.arange(config.batch) % len(data)
-    batch = Batch(*data.batch(index), data.read(index).x0)
+    splits = config.data.load()
+    state = initial_state(config, splits, torch.device("cpu"))
+    stored = splits.train.feed(config.batch, config.seed)(0)
+    batch = Batch(splits.train.draw(stored.x), stored.labels, stored.x0)
     moments = 2 * config.objective.phases
     for k in range(moments):
         config.objective(state.called, batch, (k + 0.5) / moments, seeded(0, k))

@@ -1,11 +1,13 @@
 """Datasets: one file each, found by file name, all giving the same `Dataset`.
 
 A data config (`digits.Digits`, `folder.Folder`, ...) is a frozen dataclass whose `load()`
-returns the training split and a held-out split that training never sees.
+returns the training split and a held-out split that training never sees. What fits in memory is a
+`Dataset`; what does not is another kind of `Examples`, which is read while training goes on.
 """
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -40,8 +42,54 @@ class Feed(Protocol):
         """Go on from a `position` that an earlier feed gave."""
 
 
+class Examples(ABC):
+    """What a run trains on, in memory or not.
+
+    Attributes:
+        class_names: one name a class; empty when there are no labels.
+        x0: the noise that belongs to each example, or None.
+        guidance: strength of the guidance with which a model made the examples; 1 is none.
+    """
+
+    class_names: tuple[str, ...] = ()
+    x0: Tensor | None = None
+    guidance: float = 1.0
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one example."""
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are; 0 without labels."""
+        return len(self.class_names)
+
+    @property
+    @abstractmethod
+    def scale(self) -> Literal["[-1, 1]", "raw"]:
+        """Whether `draw` gives images in [-1, 1], or values whose range is their own affair."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """A short hash by which a resumed run knows its data again."""
+
+    @abstractmethod
+    def feed(self, batch: int, seed: int) -> Feed:
+        """A feed of `batch` examples a step, in an order that follows from the seed."""
+
+    def draw(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The x1 that a model sees, float32 (images in [-1, 1]), of stored examples.
+
+        Args:
+            x: as a feed gives them, on any device.
+            generator: source of what is random in it, if anything is; its mean without one.
+        """
+        return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
+
+
 @dataclass(frozen=True)
-class Dataset:
+class Dataset(Examples):
     """Examples in memory.
 
     Attributes:
@@ -68,11 +116,6 @@ class Dataset:
         return tuple(self.x.shape[1:])
 
     @property
-    def num_classes(self) -> int:
-        """How many classes there are; 0 without labels."""
-        return len(self.class_names)
-
-    @property
     def scale(self) -> Literal["[-1, 1]", "raw"]:
         """Whether `batch` gives images in [-1, 1], or values whose range is their own affair."""
         image = len(self.shape) == 3
@@ -93,15 +136,6 @@ class Dataset:
         labels, x0 = (None if a is None else a[rows] for a in (self.labels, self.x0))
         return Stored(self.x[rows], labels, x0)
 
-    def draw(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The x1 that a model sees, float32 (images in [-1, 1]), of stored examples.
-
-        Args:
-            x: from `read`, on any device.
-            generator: source of what is random in it, if anything is; its mean without one.
-        """
-        return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
-
     def batch(self, rows: Tensor | slice) -> tuple[Tensor, Tensor | None]:
         """Examples as the model sees them: x1 and labels."""
         stored = self.read(rows)
@@ -114,7 +148,7 @@ class Dataset:
 
     def feed(self, batch: int, seed: int) -> Feed:
         """A feed of `batch` examples a step, in an order that follows from the seed."""
-        return InOrder(self, Order(len(self), batch, seed))
+        return InOrder(self.read, Order(len(self), batch, seed))
 
 
 class Splits(NamedTuple):
@@ -124,6 +158,16 @@ class Splits(NamedTuple):
     held_out: Dataset
 
 
+class Streams(NamedTuple):
+    """What `load()` returns when the examples to train on are not in memory."""
+
+    train: Examples
+    held_out: Dataset
+
+
+Loaded = Splits | Streams
+
+
 @dataclass(frozen=True)
 class DataConfig(ABC):
     """Base of every data config."""
@@ -131,15 +175,16 @@ class DataConfig(ABC):
     PACKAGE: ClassVar[str] = "anystep.data"
 
     @abstractmethod
-    def load(self) -> Splits:
-        """Read the data.
+    def load(self) -> Loaded:
+        """Read the data, or make ready to read them.
 
         Raises:
             UserError: what is missing or unreadable, and what to do about it, in one line.
         """
 
-    def reference(self, splits: Splits) -> Splits:
+    def reference(self, splits: Loaded) -> Splits:
         """The data that samples are judged against; `splits`, which `load` gave, as a rule."""
+        assert isinstance(splits, Splits), "streams have a reference of their own"
         return splits
 
 
@@ -195,12 +240,12 @@ class Order:
 class InOrder(NamedTuple):
     """A feed of rows in an order: nothing to remember between steps."""
 
-    data: Dataset
+    read: Callable[[Tensor], Stored]
     order: Order
 
     def __call__(self, step: int) -> Stored:
         """The examples of step `step`."""
-        return self.data.read(self.order(step))
+        return self.read(self.order(step))
 
     def seek(self, position: Any) -> None:
         """Nothing to do: the number of the step says where it begins."""

@@ -51,7 +51,7 @@ class Arrays(DataConfig):
         x0 = _noise(arrays[self.x0_key], tuple(x.shape)) if self.x0_key in arrays else None
         if self.labels_key not in arrays:
             return split(Dataset(x, x0=x0), self.held_out)
-        labels = _labels(arrays[self.labels_key], len(x))
+        labels = class_ids(arrays[self.labels_key], len(x))
         names = tuple(str(k) for k in range(int(labels.max()) + 1))
         return split(Dataset(x, labels, names, x0), self.held_out)
 
@@ -135,7 +135,7 @@ def _floats(x: NDArray[Any], name: str = "x") -> Tensor:
     return torch.from_numpy(x)
 
 
-def _labels(labels: NDArray[Any], count: int) -> Tensor:
+def class_ids(labels: NDArray[Any], count: int) -> Tensor:
     """Check the labels of `count` examples: int64 (N,)."""
     if labels.dtype.kind not in "iu" or labels.shape != (count,):
         raise UserError(

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, BinaryIO, Literal, NoReturn, get_args
 
 import numpy as np
 import torch
@@ -59,10 +59,7 @@ class Folder(DataConfig):
     on_error: OnError = "stop"
 
     def __post_init__(self) -> None:
-        if len(self.size) != 2 or min(self.size) < 1:
-            raise UserError(f"size must be a height and a width of at least 1, not {self.size}")
-        if self.channels not in (1, 3):
-            raise UserError(f"channels must be 3 (RGB) or 1 (grey), not {self.channels}")
+        check_size(self.size, self.channels)
         if self.on_error not in get_args(OnError):
             raise UserError(f"on_error must be 'stop' or 'skip', not {self.on_error!r}")
 
@@ -103,6 +100,14 @@ class Folder(DataConfig):
         if self.on_error == "stop":
             raise UserError(f"{what}; delete them or use --data.on-error skip")
         warnings.warn(f"skipped files: {what}", stacklevel=3)
+
+
+def check_size(size: tuple[int, ...], channels: int) -> None:
+    """Raise `UserError` unless pictures can be made of this size and number of channels."""
+    if len(size) != 2 or min(size) < 1:
+        raise UserError(f"size must be a height and a width of at least 1, not {size}")
+    if channels not in (1, 3):
+        raise UserError(f"channels must be 3 (RGB) or 1 (grey), not {channels}")
 
 
 def _find_images(path: Path) -> list[Path]:
@@ -163,11 +168,11 @@ def _check_classes(data: Dataset) -> None:
 def _decode_all(files: Sequence[Path], x: NDArray[np.uint8]) -> list[bool]:
     """Decode file i into x[i]; which of them could be read."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        work = pool.map(_decode, files, x)
+        work = pool.map(decode, files, x)
         return list(tqdm(work, "reading images", len(files), unit="image", delay=1))
 
 
-def _decode(file: Path, out: NDArray[np.uint8]) -> bool:
+def decode(file: Path | BinaryIO, out: NDArray[np.uint8]) -> bool:
     """Decode `file` into `out` (C, H, W); whether it could be read."""
     channels, height, width = out.shape
     try:

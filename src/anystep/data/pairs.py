@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anystep.checkpoint import read_json, read_tensors
-from anystep.data import DataConfig, Dataset, Splits
+from anystep.data import DataConfig, Dataset, Loaded, Splits
 from anystep.errors import UserError
 from anystep.registry import from_json
 
@@ -68,7 +68,7 @@ class Pairs(DataConfig):
         )
         return Splits(train, train.rows(torch.arange(0)))
 
-    def reference(self, splits: Splits) -> Splits:
+    def reference(self, splits: Loaded) -> Splits:
         """The data that the model behind the pairs was trained on."""
         data: DataConfig = from_json(DataConfig, self.info()["data"])
         return data.reference(data.load())
