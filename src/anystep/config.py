@@ -109,6 +109,8 @@ class TrainConfig:
             `anystep.parallel`; one process holds them whole.
         recompute: compute a block's activations again in the backward pass instead of keeping
             them: less memory, more time.
+        compile: compile the blocks with torch.compile: faster steps after a wait at the start,
+            which is short when the same run was compiled before. Needs a C++ compiler on the CPU.
     """
 
     data: DataConfig
@@ -128,6 +130,7 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     recompute: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate"):
@@ -150,7 +153,7 @@ class TrainConfig:
 
 # These may differ between a run and its continuation: they do not change what is computed. Where
 # data and teacher lie is free, since a checkpoint has the digest of the ones, and the other.
-FREE = ("out", "log.", "device", "teacher", "data.path", "parallel", "recompute")
+FREE = ("out", "log.", "device", "teacher", "data.path", "parallel", "recompute", "compile")
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -156,9 +156,15 @@ def initial_state(
     if config.recompute:
         recompute_blocks(model.net)
     processes.place(model.net, device)
+    if config.compile:
+        compile_blocks(model.net, target, teacher)
     options = config.optimizer
     optimizer = torch.optim.AdamW(
-        model.net.parameters(), options.lr, options.betas, weight_decay=options.weight_decay
+        model.net.parameters(),
+        options.lr,
+        options.betas,
+        weight_decay=options.weight_decay,
+        fused=True,
     )
 
     def called(net: nn.Module | None) -> Model | None:
@@ -184,6 +190,13 @@ def recompute_blocks(net: nn.Module) -> None:
     """Keep no activations inside the blocks: the backward pass computes them again."""
     for block in blocks_of(net):
         block.forward = partial(torch_checkpoint, block.forward, use_reentrant=False)
+
+
+def compile_blocks(*nets: nn.Module | None) -> None:
+    """Compile what a network repeats: once for all blocks, so that the wait is short."""
+    for net in nets:
+        for block in [] if net is None else blocks_of(net):
+            block.compile(dynamic=False)
 
 
 def load_teacher(state: State, config: TrainConfig) -> None:
