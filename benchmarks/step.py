@@ -1,9 +1,12 @@
-"""Time of a training step, shortcut over flow matching, and of a sampling step over a bare call.
+"""Time of a training step, fast path over plain eager and shortcut over flow matching.
 
-    python benchmarks/step.py [--repeats 30] [--out results/step/cpu.json]
+    python benchmarks/step.py [--quick] [--repeats 15] [--out results/step/cpu.json]
 
-Both ratios come from one process: the contestants take turns, and medians are compared, so that
-a busy machine slows both alike. Network: the digits preset's. Batch: the same for both.
+The contestants of a size take turns in one process and medians are compared, so that a busy
+machine slows all alike. "eager" is the reference: no compiler, float32 (bfloat16 autocast on
+CUDA), `scaled_dot_product_attention`, AdamW as separate operations. "plain" is what
+`anystep train` runs, "fast" what it runs with `--compile`. The matrix rate is that of square
+products in the same dtype, between the same repeats. `--quick` is the digits alone.
 """
 
 import argparse
@@ -11,44 +14,88 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from anystep.config import TrainConfig, pick_device
-from anystep.data import seeded
-from anystep.objectives import Batch
+from anystep.config import OptimizerConfig, pick_device
+from anystep.data import Dataset, Splits, seeded
+from anystep.networks import blocks_of
+from anystep.networks.dit import DiTConfig
+from anystep.objectives import Batch, Objective
 from anystep.objectives.flow_matching import FlowMatching
 from anystep.objectives.shortcut import Shortcut
-from anystep.presets import digits
+from anystep.presets import digits, fashion_mnist
 from anystep.provenance import provenance
 from anystep.sampling import sample
-from anystep.state import initial_state
-from anystep.train import training_step
+from anystep.state import State, initial_state
+from anystep.train import autocast, training_step
+
+SHARE = 0.25  # of bootstrap rows: 2 / 4 / 3 more forwards than flow matching
+METHODS: dict[str, Objective] = {
+    "flow_matching": FlowMatching(),
+    "shortcut": Shortcut(bootstrap_share=SHARE),
+    "shortcut guided": Shortcut(bootstrap_share=SHARE, guidance=1.5),
+}
+PATHS = ("eager", "plain", "fast")
+WARM_UP = 3
 
 
-def medians(
-    contestants: dict[str, Callable[[], None]], repeats: int, device: torch.device
-) -> dict[str, float]:
-    """Median seconds of each contestant; they take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for repeat in range(repeats + 3):
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat >= 3:  # the first rounds warm up
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+@dataclass(frozen=True)
+class Size:
+    """A network and a batch of noise in the shape of its data."""
+
+    shape: tuple[int, int, int]
+    network: DiTConfig
+    batch: int
+    optimizer: OptimizerConfig
+
+    @property
+    def splits(self) -> Splits:
+        """Noise with labels, of the shape of the data."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.rand(self.batch, *self.shape, generator=generator) * 2 - 1
+        labels = torch.arange(self.batch) % 10
+        data = Dataset(x, labels, tuple("0123456789"))
+        return Splits(data, data)
 
 
-def training(config: TrainConfig, device: torch.device) -> Callable[[], None]:
+def sizes(quick: bool) -> dict[str, Size]:
+    """What is measured: the two presets, and the smallest size of the DiT paper on latents."""
+    found = {}
+    for name, preset, shape in (
+        ("digits", digits, (1, 8, 8)),
+        ("fashion-mnist", fashion_mnist, (1, 28, 28)),
+    ):
+        config = preset(Shortcut())
+        assert isinstance(config.network, DiTConfig)
+        found[name] = Size(shape, config.network, config.batch, config.optimizer)
+    found["DiT-S/2"] = Size((4, 32, 32), DiTConfig.size("S/2"), 8, OptimizerConfig())
+    return {"digits": found["digits"]} if quick else found
+
+
+def training(
+    size: Size, objective: Objective, path: str, device: torch.device, **changes: Any
+) -> Callable[[], None]:
     """A function that takes one training step on the same batch each time."""
-    splits = config.data.load()
+    base = digits(objective)
+    config = replace(
+        base,
+        network=size.network,
+        optimizer=size.optimizer,
+        batch=size.batch,
+        device=str(device),
+        compile=path == "fast",
+        **changes,
+    )
+    splits = size.splits
     state = initial_state(config, splits, device)
-    x1, cond = splits.train.batch(slice(0, config.batch))
+    if path == "eager":
+        reference(state)
+    x1, cond = splits.train.batch(slice(None))
     assert cond is not None
     batch = Batch(x1.to(device), cond.to(device))
 
@@ -58,28 +105,111 @@ def training(config: TrainConfig, device: torch.device) -> Callable[[], None]:
     return step
 
 
-def training_ratio(share: float, repeats: int, device: torch.device) -> dict[str, float]:
-    """Step times of shortcut without guidance and of flow matching, and their ratio."""
-    base = replace(digits(FlowMatching()), device=str(device))
-    shortcut = replace(base, objective=Shortcut(bootstrap_share=share))
-    times = medians(
-        {"shortcut": training(shortcut, device), "flow_matching": training(base, device)},
-        repeats,
-        device,
-    )
-    return {
-        "bootstrap_share": share,
-        "shortcut_ms": 1e3 * times["shortcut"],
-        "flow_matching_ms": 1e3 * times["flow_matching"],
-        "ratio_shortcut_over_flow": times["shortcut"] / times["flow_matching"],
-        "arithmetic": 1 + 2 * share / 3,
+def reference(state: State) -> None:
+    """Undo what is done for speed without a compiler."""
+    for group in state.optimizer.param_groups:
+        group["fused"], group["foreach"] = False, False
+    for net in (state.model.net, state.target):
+        for block in [] if net is None else blocks_of(net):
+            block.few_tokens = 0
+
+
+def medians(
+    contestants: dict[str, Callable[[], None]], repeats: int, device: torch.device
+) -> dict[str, float]:
+    """Median seconds of each contestant; they take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for repeat in range(repeats + WARM_UP):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if repeat >= WARM_UP:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def first_step(run: Callable[[], None]) -> float:
+    """Seconds of the first call, in which compiling happens."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def matrix_product(device: torch.device, side: int = 1024) -> Callable[[], None]:
+    """A square product in the dtype in which the step multiplies."""
+    config = digits(Shortcut())
+    a, b = (torch.randn(side, side, device=device) for _ in range(2))
+
+    def product() -> None:
+        with autocast(config, device):
+            a @ b
+
+    return product
+
+
+def step_times(size: Size, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Step times of every method on every path, their ratios, and the rate of arithmetic."""
+    runs = {
+        (method, path): training(size, objective, path, device)
+        for method, objective in METHODS.items()
+        for path in PATHS
     }
+    waits = {f"{m}, {p}": first_step(run) for (m, p), run in runs.items()}
+    flops = {}
+    for method in METHODS:
+        with FlopCounterMode(display=False) as counter:
+            runs[method, "eager"]()
+        flops[method] = counter.get_total_flops()
+    contestants = {f"{m}, {p}": run for (m, p), run in runs.items()}
+    seconds = medians(contestants | {"matrix": matrix_product(device)}, repeats, device)
+    rate = 2 * 1024**3 / seconds.pop("matrix")
+    table = {
+        name: {
+            "ms": 1e3 * s,
+            "first_s": waits[name],
+            "forward_equivalents": flops[name.split(",")[0]] / flops["flow_matching"] * 3,
+            "gflops": flops[name.split(",")[0]] / s / 1e9,
+            "share_of_matrix_rate": flops[name.split(",")[0]] / s / rate,
+        }
+        for name, s in seconds.items()
+    }
+    ratios = {
+        f"ratio_{'guided' if 'guided' in m else 'shortcut'}_over_flow_{p}": seconds[f"{m}, {p}"]
+        / seconds[f"flow_matching, {p}"]
+        for m in METHODS
+        for p in PATHS
+        if m != "flow_matching"
+    }
+    return {
+        "batch": size.batch,
+        "matrix_gflops": rate / 1e9,
+        "ratio_shortcut_over_flow": ratios["ratio_shortcut_over_flow_fast"],
+        "ratio_fast_over_eager": seconds["shortcut, fast"] / seconds["shortcut, eager"],
+        "ratio_plain_over_eager": seconds["shortcut, plain"] / seconds["shortcut, eager"],
+        **ratios,
+        "steps": table,
+    }
+
+
+def low_precision(size: Size, repeats: int, device: torch.device) -> dict[str, float]:
+    """Shortcut's step in bfloat16 over that in float32, plain and compiled."""
+    objective = METHODS["shortcut"]
+    contestants = {
+        f"{dtype}, {path}": training(size, objective, path, device, precision=dtype)
+        for dtype in ("float32", "bfloat16")
+        for path in PATHS
+    }
+    seconds = medians(contestants, repeats, device)
+    return {name: 1e3 * s for name, s in seconds.items()}
 
 
 def sampling_ratio(steps: int, batch: int, repeats: int, device: torch.device) -> dict[str, float]:
     """Time of `steps` sampling steps over that of as many bare network calls."""
+    size = sizes(quick=True)["digits"]
     config = replace(digits(Shortcut()), device=str(device))
-    model = initial_state(config, config.data.load(), device).model
+    model = initial_state(config, size.splits, device).model
     x0 = torch.randn(batch, *model.spec.shape, device=device)
     cond = torch.zeros(batch, dtype=torch.long, device=device)
     t, d = torch.zeros(batch, device=device), torch.full((batch,), 1 / steps, device=device)
@@ -98,23 +228,40 @@ def sampling_ratio(steps: int, batch: int, repeats: int, device: torch.device) -
         "batch": batch,
         "step_ms": 1e3 * times["sampled"] / steps,
         "call_ms": 1e3 * times["bare"] / steps,
+        "images_per_second": batch / times["sampled"],
         "ratio_sampling_over_calls": times["sampled"] / times["bare"],
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--quick", action="store_true", help="the digits alone")
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device = pick_device(args.device)
-    report = {
-        "provenance": provenance(),
-        "training": [training_ratio(share, args.repeats, device) for share in (0.25, 0.5)],
-        "sampling": [sampling_ratio(n, 64, args.repeats, device) for n in (1, 8, 32)],
+    measured = {
+        name: step_times(size, args.repeats, device) for name, size in sizes(args.quick).items()
     }
-    text = json.dumps(report, indent=2)
+    report = {
+        "ratio_shortcut_over_flow": measured["digits"]["ratio_shortcut_over_flow"],
+        "ratio_fast_over_eager": measured["digits"]["ratio_fast_over_eager"],
+        "bootstrap_share": SHARE,
+        "threads": torch.get_num_threads(),
+        "training": measured,
+    }
+    if not args.quick:
+        report["precision"] = {
+            name: low_precision(size, args.repeats, device)
+            for name, size in sizes(False).items()
+            if name != "DiT-S/2"
+        }
+        report["sampling"] = [
+            sampling_ratio(steps, batch, args.repeats, device)
+            for steps, batch in ((1, 1), (1, 64), (1, 512), (8, 64), (32, 64))
+        ]
+    text = json.dumps(report | {"provenance": provenance()}, indent=2)
     print(text)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -119,7 +119,14 @@ class DiT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each modulated by the conditioning and gated into the residual."""
+    """Attention and an MLP, each modulated by the conditioning and gated into the residual.
+
+    Attributes:
+        few_tokens: up to so many, attention on the CPU is two plain products: the kernel that
+            never holds all logits works in pieces too small to be fast (benchmarks/step.py).
+    """
+
+    few_tokens = 64
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -153,7 +160,10 @@ class Block(nn.Module):
         batch, tokens, width = h.shape
         qkv = self.qkv(h).reshape(batch, tokens, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        h = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        if h.device.type == "cpu" and tokens <= self.few_tokens:
+            h = (q * self.scale @ k.transpose(-1, -2)).softmax(-1) @ v
+        else:
+            h = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         out: Tensor = self.project(h.transpose(1, 2).reshape(batch, tokens, width))
         return out
 
