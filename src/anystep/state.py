@@ -23,6 +23,11 @@ from anystep.parallel import Processes
 from anystep.registry import differences, to_json
 from anystep.spec import Model, ModelSpec
 
+# Fusing reductions over features with those over tokens gives wrong gradients of modulated
+# LayerNorms, silently: by 1 % on the CPU (torch 2.13; tests/test_fast.py fails without), more on
+# CUDA (pytorch issue 193061).
+EXACT = {"cpp.max_horizontal_fusion_size": 1, "triton.mix_order_reduction": False}
+
 
 @dataclass
 class State:
@@ -194,9 +199,11 @@ def recompute_blocks(net: nn.Module) -> None:
 
 def compile_blocks(*nets: nn.Module | None) -> None:
     """Compile what a network repeats: once for all blocks, so that the wait is short."""
+    known = torch._inductor.list_options()
+    options = {name: value for name, value in EXACT.items() if name in known}
     for net in nets:
         for block in [] if net is None else blocks_of(net):
-            block.compile(dynamic=False)
+            block.compile(dynamic=False, options=options)
 
 
 def load_teacher(state: State, config: TrainConfig) -> None:
