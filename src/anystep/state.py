@@ -125,6 +125,7 @@ def initial_state(config: TrainConfig, splits: Splits, device: torch.device) -> 
         num_classes=data.num_classes,
         data=data.scale,
         guidance=data.guidance,
+        vae=data.vae,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -162,7 +163,7 @@ def load_teacher(state: State, config: TrainConfig) -> None:
             f"({'; '.join(changed)}): give the student the teacher's"
         )
     model = checkpoint.load_model(folder)
-    for name in ("shape", "num_classes", "data", "finest"):
+    for name in ("shape", "num_classes", "data", "finest", "vae"):
         theirs, ours = getattr(model.spec, name), getattr(state.model.spec, name)
         if theirs != ours:
             raise UserError(
