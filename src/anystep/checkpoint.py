@@ -159,9 +159,9 @@ def write_json(path: Path, data: Any) -> None:
     """Write a JSON file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(data, indent=2) + "\n")
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def load_weights(net: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
@@ -185,14 +185,14 @@ def _replace(
     temporary.mkdir(parents=True)
     for name, state in tensors.items():
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary / name)
-        _sync(temporary / name)
+        sync(temporary / name)
     for name, document in documents.items():
         write_json(temporary / name, document)
-    _sync(temporary)
+    sync(temporary)
     if folder.exists():
         _remove(folder)
     temporary.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def _remove(folder: Path) -> None:
@@ -203,7 +203,7 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -16,6 +16,7 @@ from anystep.data.fashion_mnist import FashionMNIST
 from anystep.data.folder import Folder
 from anystep.data.mixture import Mixture
 from anystep.data.pairs import Pairs
+from anystep.data.shards import Shards
 from anystep.errors import UserError
 from anystep.networks.dit import DiTConfig
 from anystep.networks.mlp import MLPConfig
@@ -85,6 +86,21 @@ def arrays(objective: Objective) -> TrainConfig:
     )
 
 
+def shards(objective: Objective) -> TrainConfig:
+    """Latents or pixels stored by `anystep encode`; name their folder with --data.path."""
+    return TrainConfig(
+        data=Shards(path=tyro.MISSING),
+        network=DiTConfig.size("S/2"),
+        objective=objective,
+        optimizer=OptimizerConfig(
+            lr=3e-4, betas=(0.9, 0.99), weight_decay=0.01, warmup=1000, decay="cosine"
+        ),
+        log=LogConfig(save_every=2000, look_every=5000),
+        steps=100_000,
+        batch=128,
+    )
+
+
 def vectors(objective: Objective) -> TrainConfig:
     """Vectors of an npz or npy file; name it with --data.path."""
     return TrainConfig(
@@ -130,7 +146,7 @@ def mixture(objective: Objective) -> TrainConfig:
 
 PRESETS: dict[str, Preset] = {
     preset.__name__.replace("_", "-"): preset
-    for preset in (digits, fashion_mnist, folder, arrays, vectors, pairs, mixture)
+    for preset in (digits, fashion_mnist, folder, arrays, shards, vectors, pairs, mixture)
 }
 
 

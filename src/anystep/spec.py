@@ -94,11 +94,11 @@ class ModelSpec:
     def __post_init__(self) -> None:
         finest_level(self.finest)
         known = {"predicts": ("u", "noise"), "path": get_args(PathName), "sampler": SAMPLERS}
-        for field, values in known.items():
-            if getattr(self, field) not in values:
+        for name, values in known.items():
+            if getattr(self, name) not in values:
                 raise UserError(
-                    f"this version of anystep cannot sample a model whose {field} is "
-                    f"{getattr(self, field)!r} (it knows {', '.join(values)})"
+                    f"this version of anystep cannot sample a model whose {name} is "
+                    f"{getattr(self, name)!r} (it knows {', '.join(values)})"
                 )
         if (self.predicts == "u") != (self.path == "linear"):
             raise UserError(

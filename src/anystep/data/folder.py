@@ -60,12 +60,7 @@ class Folder(DataConfig):
     on_error: OnError = "stop"
 
     def __post_init__(self) -> None:
-        if len(self.size) != 2 or min(self.size) < 1:
-            raise UserError(f"size must be a height and a width of at least 1, not {self.size}")
-        if self.channels not in (1, 3):
-            raise UserError(f"channels must be 3 (RGB) or 1 (grey), not {self.channels}")
-        if self.on_error not in get_args(OnError):
-            raise UserError(f"on_error must be 'stop' or 'skip', not {self.on_error!r}")
+        check_size(self.size, self.channels, self.on_error)
 
     def load(self) -> Splits:
         """Decode all images, in the order of their sorted paths, and split them.
@@ -104,6 +99,16 @@ class Folder(DataConfig):
         if self.on_error == "stop":
             raise UserError(f"{what}; delete them or use --data.on-error skip")
         warnings.warn(f"skipped files: {what}", stacklevel=3)
+
+
+def check_size(size: tuple[int, int], channels: int, on_error: OnError) -> None:
+    """Raise `UserError` unless pictures can be read like this."""
+    if len(size) != 2 or min(size) < 1:
+        raise UserError(f"size must be a height and a width of at least 1, not {size}")
+    if channels not in (1, 3):
+        raise UserError(f"channels must be 3 (RGB) or 1 (grey), not {channels}")
+    if on_error not in get_args(OnError):
+        raise UserError(f"on_error must be 'stop' or 'skip', not {on_error!r}")
 
 
 def find_images(path: Path) -> list[Path]:

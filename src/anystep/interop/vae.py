@@ -57,7 +57,7 @@ class VAE:
 
     @torch.no_grad()
     def moments(self, x: Tensor) -> Tensor:
-        """Means and log-variances (B, 2C, h, w), on the CPU, of pictures (B, 3, H, W) in [-1, 1]."""
+        """Means and log-variances (B, 2C, h, w) of pictures (B, 3, H, W) in [-1, 1]; on the CPU."""
         latent = self.net.encode(x.to(self.device)).latent_dist
         return torch.cat([latent.mean, latent.logvar], 1).cpu()
 
