@@ -494,7 +494,8 @@ def test_from_pictures_to_pictures(pictures, vae_folder, tmp_path, run, monkeypa
 def test_a_run_on_other_latents_is_not_gone_on_with(pictures, vae_folder, tmp_path, run):
     for name, folder in (("a", vae_folder), ("b", save_vae(tmp_path / "v", seed=1))):
         make(pictures, tmp_path / name, folder)
-    train = ("train", "shards", *TINY, "--out", tmp_path / "run", "--data.path")
+    train = ("train", "shards", "--method", "flow_matching", *TINY)
+    train = (*train, "--out", tmp_path / "run", "--data.path")
     assert run(*train, tmp_path / "a")[0] == 0
     (tmp_path / "a").rename(tmp_path / "c")
     assert run(*train, tmp_path / "c")[0] == 0

@@ -188,16 +188,25 @@ def check_request(vae: VAE | None, size: tuple[int, int], channels: int, flip: b
 def _write(index: Index, out: Path, make: "Maker", bar: bool) -> Index:
     """Write what is missing, and the index after each shard."""
     done = list(check_same(out, index).shards)
-    n = index.n
-    with tqdm(total=n, unit="image", desc=out.name, disable=not bar, dynamic_ncols=True) as shown:
-        for k in range(index.count):
-            path, rows = shard_path(out, k), range(n)[k * index.per_shard :][: index.per_shard]
-            if path.exists() and k < len(done):
-                index.shard(out, k)
-                shown.initial += len(rows)  # so that the rate counts what is made now
-                shown.update(len(rows))
+    parts = [range(index.n)[i : i + index.per_shard] for i in range(0, index.n, index.per_shard)]
+    standing = {k for k in range(len(done)) if shard_path(out, k).exists()}
+    for k in standing:
+        index.shard(out, k)  # complains of damage
+    with tqdm(
+        total=index.n,
+        initial=sum(len(parts[k]) for k in standing),
+        unit="image",
+        desc=out.name,
+        disable=not bar,
+        dynamic_ncols=True,
+    ) as shown:
+        for k, rows in enumerate(parts):
+            path = shard_path(out, k)
+            if k in standing:
                 continue
-            if not path.exists():  # one that has its name is whole, be it in the index or not
+            if path.exists():  # it was about to enter the index: one that has its name is whole
+                shown.update(len(rows))
+            else:
                 save(path, make(rows, shown.update))
             sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
             done[k : k + 1] = [Entry(index.shard(out, k).rows, sha256)]
@@ -253,7 +262,7 @@ class Maker:
             kept += [row for row, ok in zip(chunk, readable, strict=True) if ok]
             parts.append(self._examples(pixels[torch.tensor(readable)]))
             bar(len(chunk))
-        tensors = {"x": torch.cat(parts)}
+        tensors = {"x": torch.cat(parts).contiguous()}  # a VAE may answer channels-last
         if self.pictures.labels is not None:
             tensors["labels"] = self.pictures.labels[kept]
         return tensors

@@ -57,7 +57,7 @@ class VAE:
 
     @torch.no_grad()
     def moments(self, x: Tensor) -> Tensor:
-        """Means and log-variances (B, 2C, h, w) of pictures (B, 3, H, W) in [-1, 1]; on the CPU."""
+        """Mean and log-variance (B, 2C, h, w) of pictures (B, 3, H, W) in [-1, 1], on the CPU."""
         latent = self.net.encode(x.to(self.device)).latent_dist
         return torch.cat([latent.mean, latent.logvar], 1).cpu()
 
@@ -114,8 +114,10 @@ def _load(name: str, revision: str | None, subfolder: str) -> Any:
         raise UserError(
             f"a VAE needs diffusers ({error}): pip install 'anystep[latents]'"
         ) from None
-    if Path(name).is_dir() and not (Path(name) / subfolder / "config.json").is_file():
-        raise UserError(f"there is no VAE in {Path(name) / subfolder}: config.json is missing")
+    folder = Path(name)
+    local = folder.is_dir() or folder.is_absolute() or len(folder.parts) > 2
+    if local and not (folder / subfolder / "config.json").is_file():
+        raise UserError(f"there is no VAE in {folder / subfolder}: config.json is missing")
     try:
         return AutoencoderKL.from_pretrained(
             name,
