@@ -319,7 +319,8 @@ def test_the_digest_follows_content_rows_and_scale(pictures, vae_folder, tmp_pat
     digests = {train.digest(), held_out.digest(), whole(tmp_path / "a").digest()}
     digests.add(replace(train, vae=replace(train.vae, scale=0.5)).digest())
     digests.add(replace(train, contents="another").digest())
-    assert len(digests) == 5
+    digests |= {train.rows(torch.arange(3) + k).digest() for k in (0, 1)}
+    assert len(digests) == 7
     (tmp_path / "a").rename(tmp_path / "b")
     assert Shards(tmp_path / "b", held_out=0.3).load().train.digest() == train.digest()
 
