@@ -560,9 +560,11 @@ def test_what_cannot_be_encoded_is_one_line(pictures, vae_folder, tmp_path, run)
     refused(run(*train), "--data.path")
 
 
-def test_the_recorded_vae_is_found_in_its_subfolder(tmp_path):
+def test_the_recorded_vae_is_found_in_its_subfolder_from_anywhere(tmp_path, monkeypatch):
     save_vae(tmp_path / "pipeline" / "vae")
-    vae = VAE(str(tmp_path / "pipeline"), subfolder="vae")
+    monkeypatch.chdir(tmp_path)
+    vae = VAE("pipeline", subfolder="vae")
+    monkeypatch.chdir(tmp_path / "pipeline")
     assert (
         recorded(vae.spec).spec == vae.spec == recorded(vae.spec, tmp_path / "pipeline/vae").spec
     )

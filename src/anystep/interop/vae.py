@@ -47,7 +47,8 @@ class VAE:
         self.channels = int(config["in_channels"])
         self.factor = 2 ** (len(config["block_out_channels"]) - 1)
         self.spec = VAESpec(
-            name,
+            # A folder is found again from anywhere, and its loss is not looked for on the hub.
+            str(Path(name).absolute()) if Path(name).is_dir() else name,
             revision,
             subfolder,
             weights_digest(self.net),
