@@ -18,6 +18,7 @@ LAYERS = [
         "config",
         "presets",
         "pairs",
+        "encode",
         "state",
         "train",
         "evaluate",

@@ -171,9 +171,9 @@ def write_json(path: Path, data: Any) -> None:
     """Write a JSON file, whole or not at all."""
     new = path.with_name(f".{path.name}.tmp")
     new.write_text(json.dumps(data, indent=2) + "\n")
-    _sync(new)
+    sync(new)
     new.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def load_weights(net: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
@@ -195,7 +195,7 @@ def _replace(
     with replacing(folder) as new:
         for name, state in tensors.items():
             save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, new / name)
-            _sync(new / name)
+            sync(new / name)
         for name, document in documents.items():
             write_json(new / name, document)
 
@@ -212,11 +212,11 @@ def replacing(folder: Path) -> Iterator[Path]:
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     yield new
-    _sync(new)
+    sync(new)
     if folder.exists():
         _remove(folder)
     new.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def _remove(folder: Path) -> None:
@@ -227,7 +227,7 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

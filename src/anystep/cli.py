@@ -6,13 +6,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import anystep
-from anystep.commands import compare, evaluate, info, pairs, sample, train
+from anystep.commands import compare, encode, evaluate, info, pairs, sample, train
 from anystep.errors import UserError
 from anystep.registry import unknown
 from anystep.train import INTERRUPTED
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train.run,
+    "encode": encode.run,
     "pairs": pairs.run,
     "sample": sample.run,
     "eval": evaluate.run,
@@ -26,6 +27,7 @@ Generative models whose number of sampling steps is chosen after training.
 
 commands (anystep COMMAND --help says more):
   train     train a model:          anystep train digits
+  encode    latents or pixels:      anystep encode pictures --vae FOLDER --out latents
   pairs     pairs for reflow:       anystep pairs runs/digits-flow-matching --out pairs
   sample    draw samples:           anystep sample runs/digits-shortcut --steps 4
   eval      judge at every N:       anystep eval runs/digits-shortcut

@@ -14,7 +14,7 @@ from anystep.compute import ForwardCounter
 from anystep.data import seeded
 from anystep.data.pairs import CHUNK, INFO, Pairs, chunk_path, read_chunk
 from anystep.errors import UserError
-from anystep.registry import differences
+from anystep.registry import differences, to_json
 from anystep.sampling import STOCHASTIC, draw, may_guide, sample, schedule
 from anystep.spec import Model, ModelSpec
 
@@ -67,6 +67,8 @@ def make_pairs(
         "seed": seed,
         "n": n,
     }
+    if model.spec.vae is not None:
+        info["vae"] = to_json(model.spec.vae)
     check_same(out, info)
     counter = ForwardCounter(model.net)
     total = 0

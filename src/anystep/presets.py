@@ -17,6 +17,7 @@ from anystep.data.folder import Folder
 from anystep.data.hub import Hub
 from anystep.data.mixture import Mixture
 from anystep.data.pairs import Pairs
+from anystep.data.shards import Shards
 from anystep.data.webdataset import WebDataset
 from anystep.errors import UserError
 from anystep.networks.dit import DiTConfig
@@ -117,6 +118,21 @@ def arrays(objective: Objective) -> TrainConfig:
     )
 
 
+def shards(objective: Objective) -> TrainConfig:
+    """Latents or pixels stored by `anystep encode`; name their folder with --data.path."""
+    return TrainConfig(
+        data=Shards(path=tyro.MISSING),
+        network=DiTConfig.size("S/2"),
+        objective=objective,
+        optimizer=OptimizerConfig(
+            lr=3e-4, betas=(0.9, 0.99), weight_decay=0.01, warmup=1000, decay="cosine"
+        ),
+        log=LogConfig(save_every=2000, look_every=5000),
+        steps=100_000,
+        batch=128,
+    )
+
+
 def vectors(objective: Objective) -> TrainConfig:
     """Vectors of an npz or npy file; name it with --data.path."""
     return TrainConfig(
@@ -162,7 +178,18 @@ def mixture(objective: Objective) -> TrainConfig:
 
 PRESETS: dict[str, Preset] = {
     preset.__name__.replace("_", "-"): preset
-    for preset in (digits, fashion_mnist, folder, hub, webdataset, arrays, vectors, pairs, mixture)
+    for preset in (
+        digits,
+        fashion_mnist,
+        folder,
+        arrays,
+        shards,
+        hub,
+        webdataset,
+        vectors,
+        pairs,
+        mixture,
+    )
 }
 
 

@@ -6,12 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from anystep import checkpoint, figures
 from anystep.config import LogConfig
 from anystep.data import Splits, seeded
 from anystep.errors import UserError
 from anystep.evaluate import COLUMNS, REAL, Judge, Row, evaluate, generate, semigroup_gap
+from anystep.interop.vae import recorded
 from anystep.sampling import draw, sample
 from anystep.spec import Model
 
@@ -106,9 +108,21 @@ def save_grid(
     x0, cond = draw(spec, columns, seeded(seed, 0))
     if cond is not None:
         cond = (torch.arange(columns) % spec.num_classes).to(device)
-    rows = [sample(model, x0.to(device), steps=n, cond=cond).cpu() for n in steps]
+    rows = shown(model, [sample(model, x0.to(device), steps=n, cond=cond).cpu() for n in steps])
     if path is not None:
         figures.save_rows(path, rows, [f"{n} step{'s' if n > 1 else ''}" for n in steps])
+
+
+def shown(model: Model, rows: list[Tensor]) -> list[Tensor]:
+    """Samples as they are shown: those of a latent model decoded, where its VAE can be had."""
+    if model.spec.vae is None:
+        return rows
+    try:
+        vae = recorded(model.spec.vae, device=next(model.parameters()).device)
+        return [vae.decode(row) for row in rows]
+    except UserError as error:
+        warnings.warn(f"latents are shown as they are: {error}", stacklevel=3)
+        return rows
 
 
 class Look:

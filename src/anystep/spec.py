@@ -7,7 +7,7 @@ method is guessed from a file name or repeated on a command line.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -24,6 +24,29 @@ SAMPLERS: dict[str, str] = {  # and what a network must predict for each
     "ancestral": "noise",
 }
 Network = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class VAESpec:
+    """The autoencoder in whose latent space a model works; data are (latent - shift) * scale.
+
+    Two are equal when they give the same latents, wherever they were found.
+
+    Attributes:
+        name: a folder, or a name on the Hugging Face hub.
+        revision: of the name on the hub; None is its newest.
+        subfolder: where in the folder or under the name its files are.
+        weights: digest of its weights.
+        scale: the scaling factor of its config.
+        shift: the shift factor of its config; 0 when it has none.
+    """
+
+    name: str = field(compare=False)
+    revision: str | None = field(compare=False)
+    subfolder: str = field(compare=False)
+    weights: str
+    scale: float
+    shift: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +72,7 @@ class ModelSpec:
         bound: magnitude to which a sampler that predicts data bounds it; None is no bound.
         claims: the fewest and the most steps for which the method claims good samples; None is
             any number. A table shows what lies outside in parentheses.
+        vae: the autoencoder whose latents the samples are; None for samples of any other kind.
     """
 
     shape: tuple[int, ...] = ()
@@ -65,15 +89,16 @@ class ModelSpec:
     sampler: Sampler = "euler"
     bound: float | None = None
     claims: tuple[int, int | None] = (1, None)
+    vae: VAESpec | None = None
 
     def __post_init__(self) -> None:
         finest_level(self.finest)
         known = {"predicts": ("u", "noise"), "path": get_args(PathName), "sampler": SAMPLERS}
-        for field, values in known.items():
-            if getattr(self, field) not in values:
+        for name, values in known.items():
+            if getattr(self, name) not in values:
                 raise UserError(
-                    f"this version of anystep cannot sample a model whose {field} is "
-                    f"{getattr(self, field)!r} (it knows {', '.join(values)})"
+                    f"this version of anystep cannot sample a model whose {name} is "
+                    f"{getattr(self, name)!r} (it knows {', '.join(values)})"
                 )
         if (self.predicts == "u") != (self.path == "linear"):
             raise UserError(

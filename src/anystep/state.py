@@ -147,6 +147,7 @@ def initial_state(
         num_classes=data.num_classes,
         data=data.scale,
         guidance=data.guidance,
+        vae=data.vae,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -224,7 +225,7 @@ def load_teacher(state: State, config: TrainConfig) -> None:
             f"({'; '.join(changed)}): give the student the teacher's"
         )
     model = checkpoint.load_model(folder)
-    for name in ("shape", "num_classes", "data", "finest"):
+    for name in ("shape", "num_classes", "data", "finest", "vae"):
         theirs, ours = getattr(model.spec, name), getattr(state.model.spec, name)
         if theirs != ours:
             raise UserError(

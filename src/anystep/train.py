@@ -134,6 +134,11 @@ def check_method(config: TrainConfig, splits: Loaded) -> None:
             f"{method} has {config.objective.phases} phases and needs as many steps, "
             f"not {config.steps}"
         )
+    if config.flip and splits.train.vae is not None:
+        raise UserError(
+            "a mirrored latent is not the latent of the mirrored picture: leave --flip out, and "
+            "give it to anystep encode"
+        )
     if splits.train.guidance != 1 and not config.objective.PAIRS:
         raise UserError(
             f"these pairs were made with guidance {splits.train.guidance}, which {method} would "

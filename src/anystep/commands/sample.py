@@ -14,6 +14,7 @@ from anystep.arguments import Where, check_folder, parse
 from anystep.config import pick_device
 from anystep.errors import UserError
 from anystep.evaluate import generate
+from anystep.interop.vae import VAE, recorded
 from anystep.interpolation import largest_jump, mix, strip
 from anystep.spec import Model, Sampler
 
@@ -26,7 +27,8 @@ class SampleArgs:
         model: a run, a checkpoint or a model folder.
         steps: sampling steps; any whole number from 1.
         n: how many samples.
-        out: FILE.npz for arrays, FILE.png for a grid, or a folder for one PNG each.
+        out: FILE.npz for arrays, FILE.png for a grid, or a folder for one PNG each. Pictures of
+            a latent model are decoded; FILE.npz holds its latents, unless --decode.
         interpolate: draw a strip of n samples of one class along the arc between two noises; in
             FILE.png a mix of its ends, pixel by pixel, stands below it.
         label: one class for all; uniformly random by default.
@@ -36,6 +38,8 @@ class SampleArgs:
         seed: of noise and labels.
         batch: samples a network call; a strip is drawn in one. The noise that the consistency and
             ancestral samplers add depends on it.
+        decode: decode latents in FILE.npz too.
+        vae: the folder where the VAE of a latent model lies now; where it was found by default.
         device: auto, cpu or cuda.
     """
 
@@ -50,6 +54,8 @@ class SampleArgs:
     sampler: Sampler | None = None
     seed: int = 0
     batch: int = 256
+    decode: bool = False
+    vae: Path | None = None
     device: str = "auto"
 
 
@@ -68,9 +74,12 @@ def run(args: Sequence[str]) -> int:
             else "this model is unconditional: it takes no --label"
         )
     check_output(request.out, len(model.spec.shape))
+    vae = find_vae(model, request)
     x, cond = interpolate(model, request) if request.interpolate else draw(model, request)
     if not x.isfinite().all():
         raise UserError("the model made NaN or Inf: its weights are broken")
+    if vae is not None:
+        x = vae.decode(x)
     if request.interpolate:
         pixels = mix(x[0], x[-1], len(x))
         print(f"largest jump: {largest_jump(x):.3f}, of pixels mixed {largest_jump(pixels):.3f}")
@@ -81,6 +90,17 @@ def run(args: Sequence[str]) -> int:
         write_samples(request.out, x, cond)
     print(request.out)
     return 0
+
+
+def find_vae(model: Model, request: SampleArgs) -> VAE | None:
+    """What decodes the samples asked for; None where nothing is to be decoded."""
+    if model.spec.vae is None:
+        if request.decode or request.vae is not None:
+            raise UserError("this is no latent model: it takes neither --decode nor --vae")
+        return None
+    if request.out.suffix == ".npz" and not request.decode:
+        return None
+    return recorded(model.spec.vae, request.vae, next(model.parameters()).device)
 
 
 def draw(model: Model, request: SampleArgs) -> tuple[Tensor, Tensor | None]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from anystep.errors import UserError
+from anystep.spec import VAESpec
 
 
 class Stored(NamedTuple):
@@ -49,11 +50,13 @@ class Examples(ABC):
         class_names: one name a class; empty when there are no labels.
         x0: the noise that belongs to each example, or None.
         guidance: strength of the guidance with which a model made the examples; 1 is none.
+        vae: the autoencoder whose latents the examples are; None when they are none.
     """
 
     class_names: tuple[str, ...] = ()
     x0: Tensor | None = None
     guidance: float = 1.0
+    vae: VAESpec | None = None
 
     @property
     @abstractmethod
@@ -99,6 +102,7 @@ class Dataset(Examples):
         class_names: one name a class; empty when there are no labels.
         x0: the noise (N, *shape) that belongs to each example, or None; float32.
         guidance: strength of the guidance with which a model made the examples; 1 is none.
+        vae: the autoencoder whose latents the examples are; None when they are none.
     """
 
     x: Tensor
@@ -106,6 +110,7 @@ class Dataset(Examples):
     class_names: tuple[str, ...] = ()
     x0: Tensor | None = None
     guidance: float = 1.0
+    vae: VAESpec | None = None
 
     def __len__(self) -> int:
         return len(self.x)

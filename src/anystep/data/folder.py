@@ -70,8 +70,8 @@ class Folder(DataConfig):
             UserError: there is no image, images stand both beside and inside subfolders, some
                 cannot be read (with "stop") or all of them, or they do not fit in memory.
         """
-        files = _find_images(self.path)
-        class_names, labels = _classes(self.path, files)
+        files = find_images(self.path)
+        class_names, labels = read_classes(self.path, files)
         x = self._buffer(len(files))
         readable = _decode_all(files, x)
         data = Dataset(torch.from_numpy(x), labels, class_names)
@@ -79,7 +79,7 @@ class Folder(DataConfig):
         if bad:
             self._report(bad, len(files))
             data = data.rows(torch.tensor(readable).nonzero().flatten())
-            _check_classes(data)
+            check_classes(data)
         return split(data, self.held_out)
 
     def _buffer(self, count: int) -> NDArray[np.uint8]:
@@ -94,7 +94,7 @@ class Folder(DataConfig):
 
     def _report(self, bad: Sequence[Path], count: int) -> None:
         """Stop, or warn, about the files `bad` out of `count`."""
-        what = f"{len(bad)} of {count} images cannot be read: {_list(self.path, bad)}"
+        what = f"{len(bad)} of {count} images cannot be read: {listing(self.path, bad)}"
         if len(bad) == count:
             raise UserError(f"{what}; nothing is left to train on")
         if self.on_error == "stop":
@@ -110,7 +110,7 @@ def check_size(size: tuple[int, ...], channels: int) -> None:
         raise UserError(f"channels must be 3 (RGB) or 1 (grey), not {channels}")
 
 
-def _find_images(path: Path) -> list[Path]:
+def find_images(path: Path) -> list[Path]:
     """All image files under `path`, sorted."""
     if not path.is_dir():
         what = "is a file, not a folder" if path.exists() else "does not exist"
@@ -118,7 +118,7 @@ def _find_images(path: Path) -> list[Path]:
     files = _visible_files(path)
     images = [file for file in files if file.suffix.lower() in SUFFIXES]
     if not images:
-        others = f"other files: {len(files)}, such as {_list(path, files[:1])}"
+        others = f"other files: {len(files)}, such as {listing(path, files[:1])}"
         raise UserError(
             f"there is no image in {path} ({others if files else 'it is empty'}); put "
             f"{', '.join(SUFFIXES)} files there, or in one subfolder a class"
@@ -139,7 +139,7 @@ def _stop(error: OSError) -> NoReturn:
     raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from None
 
 
-def _classes(path: Path, files: Sequence[Path]) -> tuple[tuple[str, ...], torch.Tensor | None]:
+def read_classes(path: Path, files: Sequence[Path]) -> tuple[tuple[str, ...], torch.Tensor | None]:
     """The sorted class names and one label a file; no names and None for a flat folder."""
     parents = [file.relative_to(path).parts[:-1] for file in files]
     flat = [file for file, parent in zip(files, parents, strict=True) if not parent]
@@ -147,7 +147,7 @@ def _classes(path: Path, files: Sequence[Path]) -> tuple[tuple[str, ...], torch.
         return (), None
     if flat:
         raise UserError(
-            f"{path} holds images both in subfolders and beside them ({_list(path, flat)}); "
+            f"{path} holds images both in subfolders and beside them ({listing(path, flat)}); "
             "move all into subfolders, one a class, or all out of them"
         )
     names = sorted({parent[0] for parent in parents})
@@ -155,7 +155,7 @@ def _classes(path: Path, files: Sequence[Path]) -> tuple[tuple[str, ...], torch.
     return tuple(names), torch.tensor([label[parent[0]] for parent in parents])
 
 
-def _check_classes(data: Dataset) -> None:
+def check_classes(data: Dataset) -> None:
     """Raise `UserError` if a class has no example left."""
     if data.labels is None:
         return
@@ -173,7 +173,7 @@ def _decode_all(files: Sequence[Path], x: NDArray[np.uint8]) -> list[bool]:
 
 
 def decode(file: Path | BinaryIO, out: NDArray[np.uint8]) -> bool:
-    """Decode `file` into `out` (C, H, W); whether it could be read."""
+    """Decode `file`, or an open one, into `out` (C, H, W); whether it could be read."""
     channels, height, width = out.shape
     try:
         with Image.open(file, formats=FORMATS) as opened:
@@ -206,7 +206,7 @@ def _grey_from_16_bits(pixels: NDArray[Any]) -> Image.Image:
     return Image.fromarray((pixels / 257).round().astype(np.uint8))
 
 
-def _list(path: Path, files: Sequence[Path], most: int = 5) -> str:
+def listing(path: Path, files: Sequence[Path], most: int = 5) -> str:
     """The first few files, as quoted paths relative to `path`."""
     shown = [repr(file.relative_to(path).as_posix()) for file in files[:most]]
     return ", ".join(shown + ["..."] * (len(files) > most))

@@ -16,6 +16,7 @@ from anystep.checkpoint import read_json, read_tensors
 from anystep.data import DataConfig, Dataset, Loaded, Splits
 from anystep.errors import UserError
 from anystep.registry import from_json
+from anystep.spec import VAESpec
 
 INFO, CHUNK = "pairs.json", 1024
 
@@ -64,7 +65,12 @@ class Pairs(DataConfig):
         columns = {key: torch.cat([chunk[key] for chunk in chunks])[:n] for key in chunks[0]}
         names = tuple(str(k) for k in range(info["num_classes"]))
         train = Dataset(
-            columns["x1"], columns.get("cond"), names, columns["x0"], float(info["guidance"])
+            columns["x1"],
+            columns.get("cond"),
+            names,
+            columns["x0"],
+            float(info["guidance"]),
+            None if info.get("vae") is None else from_json(VAESpec, info["vae"]),
         )
         return Splits(train, train.rows(torch.arange(0)))
 

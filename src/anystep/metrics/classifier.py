@@ -19,6 +19,7 @@ from anystep.errors import UserError
 from anystep.metrics.features import BATCH, in_batches
 
 VERSION = 1  # of the classifier: raise it with any change that changes what is trained
+JUDGED = 10_000  # at most so many examples measure its accuracy
 STEM, WIDTH = 32, 64  # channels of the first layer and of those after it
 STEPS, TRAIN_BATCH, LEARNING_RATE, WEIGHT_DECAY = 1000, 128, 4e-3, 0.05
 
@@ -164,7 +165,7 @@ def _accuracy(net: ClassifierNet, splits: Splits) -> float:
     data = splits.held_out if len(splits.held_out) else splits.train
     assert data.labels is not None
     classifier = Classifier(net, accuracy=math.nan)
-    rows = torch.split(torch.arange(len(data)), BATCH)
+    rows = torch.split(torch.arange(min(len(data), JUDGED)), BATCH)
     right = [classifier.predict(data.batch(r)[0]).cpu() == data.labels[r] for r in rows]
     return float(torch.cat(right).double().mean())
 
