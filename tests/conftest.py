@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,8 @@ import torch
 from anystep.networks import NetworkConfig
 from anystep.networks.dit import DiTConfig
 from anystep.networks.mlp import MLPConfig
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before datasets is imported: no test goes to the network
 
 FIXTURES = Path(__file__).parent / "fixtures" / "official_small.npz"
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import re
 import sys
 import tarfile
@@ -28,7 +27,6 @@ from anystep.objectives.reflow import Reflow
 from anystep.objectives.shortcut import Shortcut
 from test_train import assert_same_run
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before datasets is imported: no test goes to the network
 datasets = pytest.importorskip("datasets")
 wds = pytest.importorskip("webdataset")
 
