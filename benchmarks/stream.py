@@ -168,8 +168,8 @@ def main() -> None:
                 for kind in ("disk", "memory")
             )
             + f"\nThe data are {found['data_over_peak_memory']:.1f} times the peak of the "
-            f"resident memory; the rate is {found['rate_over_memory']:.3f} of that from memory.\n\n"
-            + as_markdown(provenance())
+            f"resident memory; the rate is {found['rate_over_memory']:.3f} of that from memory."
+            "\n\n" + as_markdown(provenance())
         )
 
 
