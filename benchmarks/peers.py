@@ -5,7 +5,7 @@
 
 * Flow matching with diffusers' `DiTTransformer2DModel` and EMA in a plain loop, as its training
   examples are written, against our flow matching.
-* `SplitMeanFlow` of rectified-flow-pytorch, the method there that is nearest (a target of two steps
+* `SplitMeanFlow` of rectified-flow-pytorch, the nearest method there (a target of two steps
   for one), around our own network, with the same optimizer and EMA, against our shortcut. It
   makes targets in half of its steps, at random, for the whole batch, so means are compared.
 
