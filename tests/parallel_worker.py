@@ -48,14 +48,14 @@ def fail(config):
 
 def restore(config):
     """Take a checkpoint and write all of its tensors, and how much of them each process held."""
-    processes = parallel.join(config.parallel, CPU, None)
-    state = initial_state(config, config.data.load(), CPU, processes)
-    state.restore(checkpoint.checkpoints(config.out)[-1])
-    held = state.tensors() | {f"average.{k}": v for k, v in state.average.state_dict().items()}
-    local = sum(getattr(v, "_local_tensor", v).numel() for v in held.values())
-    tensors = {k: parallel.whole(v).contiguous() for k, v in held.items()}
-    tensors["held"] = torch.tensor(local)
-    save_file(tensors, config.out / f"restored-{processes.count}-{processes.rank}.safetensors")
+    with parallel.joined(config.parallel, CPU) as processes:
+        state = initial_state(config, config.data.load(), CPU, processes)
+        state.restore(checkpoint.checkpoints(config.out)[-1])
+        held = state.tensors() | {f"average.{k}": v for k, v in state.average.state_dict().items()}
+        local = sum(getattr(v, "_local_tensor", v).numel() for v in held.values())
+        tensors = {k: parallel.whole(v).contiguous() for k, v in held.items()}
+        tensors["held"] = torch.tensor(local)
+        save_file(tensors, config.out / f"restored-{processes.count}-{processes.rank}.safetensors")
 
 
 def main():

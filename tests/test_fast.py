@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from anystep import cli
 from anystep.data import seeded
 from anystep.networks import blocks_of
 from anystep.networks.dit import DiTConfig
@@ -70,3 +71,32 @@ def test_fast_paths_have_the_gradients_of_the_plain_step(change):
     for name, value in expected.items():
         bound = 1e-10 * float(value.abs().max())
         torch.testing.assert_close(found[name], value, rtol=0, atol=bound)
+
+
+def kept(prepare):
+    """Bytes of activations kept for the backward pass, after `prepare(nets)`."""
+    sizes = []
+
+    def pack(tensor):
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        gradients(prepare)
+    return sum(sizes)
+
+
+def test_recomputing_keeps_less():
+    assert kept(CHANGES["recompute"]) < 0.5 * kept(CHANGES["explicit attention"])
+
+
+@COMPILER
+@pytest.mark.slow
+def test_a_compiled_run_is_trained_stopped_and_sampled_as_any_other(tmp_path, capsys):
+    options = "--network.width 16 --network.depth 2 --network.heads 2 --batch 16 --log.every 2"
+    command = ["train", "digits", "--out", str(tmp_path / "run"), *options.split(), "--steps", "4"]
+    command += ["--log.look-every", "0"]
+    assert cli.main([*command, "--compile"]) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert cli.main(command) == 0  # what is compiled is not part of what the run is
+    assert cli.main(["sample", str(tmp_path / "run"), "--n", "2", "--steps", "2"]) == 0

@@ -10,9 +10,10 @@ it, and the work is even whatever an objective asks of which network.
     HSDP    FSDP2 among the processes of a node, DDP among nodes
 """
 
-import atexit
+import contextlib
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -147,8 +148,13 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def join(kind: Kind, device: torch.device, shard_dtype: torch.dtype | None) -> Processes:
+@contextlib.contextmanager
+def joined(
+    kind: Kind, device: torch.device, shard_dtype: torch.dtype | None = None
+) -> Iterator[Processes]:
     """Join the processes that torchrun started with this one; alone without torchrun.
+
+    After an error nothing is waited for: torchrun stops the others.
 
     Args:
         kind: how parameters are held.
@@ -161,14 +167,13 @@ def join(kind: Kind, device: torch.device, shard_dtype: torch.dtype | None) -> P
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
-        return Processes()
+        yield Processes()
+        return
     if not dist.is_available():
         raise UserError("this build of torch lacks torch.distributed: start without torchrun")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        atexit.register(leave)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     mesh = None
     if kind == "fsdp":
         mesh = init_device_mesh(device.type, (count,))
@@ -178,11 +183,7 @@ def join(kind: Kind, device: torch.device, shard_dtype: torch.dtype | None) -> P
             raise UserError(f"hsdp needs nodes of equally many processes, not {count} on {local}")
         names = ("replicate", "shard")
         mesh = init_device_mesh(device.type, (count // local, local), mesh_dim_names=names)
-    return Processes(rank(), count, mesh, shard_dtype)
-
-
-def leave() -> None:
-    """Close the connections to the other processes."""
+    yield Processes(rank(), count, mesh, shard_dtype)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -24,6 +24,7 @@ from anystep.data import Examples, Loaded, Stored, mirror, seeded
 from anystep.errors import UserError
 from anystep.log import MetricsLog
 from anystep.objectives import Batch
+from anystep.parallel import Processes
 from anystep.registry import name_of
 from anystep.report import Look
 from anystep.spec import Model
@@ -53,10 +54,17 @@ def train(config: TrainConfig, *, bar: bool = True) -> bool:
             not finite; the message says what to do and the last checkpoint is intact.
     """
     device = pick_device(config.device)
+    shard_dtype = torch.bfloat16 if low_precision(config, device) else None
+    with parallel.joined(config.parallel, device, shard_dtype) as processes:
+        return train_together(config, device, processes, bar)
+
+
+def train_together(
+    config: TrainConfig, device: torch.device, processes: Processes, bar: bool
+) -> bool:
+    """`train`, of the processes of a run."""
     splits = config.data.load()
     check_method(config, splits)
-    shard_dtype = torch.bfloat16 if low_precision(config, device) else None
-    processes = parallel.join(config.parallel, device, shard_dtype)
     state = initial_state(config, splits, device, processes)
     found = checkpoint.checkpoints(config.out)
     if not found:
