@@ -122,11 +122,9 @@ def main() -> None:
     args = parser.parse_args()
     device, size = pick_device(args.device), sizes(quick=False)[args.size]
     contestants = {
-        f"anystep {method}{' compiled' if path == 'fast' else ''}": training(
-            size, METHODS[method], path, device
-        )
+        f"anystep {method}, {path}": training(size, METHODS[method], path, device)
         for method in ("flow_matching", "shortcut")
-        for path in ("plain", "fast")
+        for path in ("plain", "compiled", "fast")
     }
     for name, make in (("diffusers", diffusers_flow), ("SplitMeanFlow", split_mean_flow)):
         try:
@@ -141,8 +139,8 @@ def main() -> None:
         "ratios": {
             f"{name} over {peer}": seconds[name] / seconds[peer]
             for peer, method in (("diffusers", "flow_matching"), ("SplitMeanFlow", "shortcut"))
-            for name in (f"anystep {method}", f"anystep {method} compiled")
-            if peer in seconds
+            for name in seconds
+            if peer in seconds and method in name
         },
         "provenance": provenance(),
     }

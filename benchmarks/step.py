@@ -3,10 +3,15 @@
     python benchmarks/step.py [--quick] [--repeats 15] [--out results/step/cpu.json]
 
 The contestants of a size take turns in one process and medians are compared, so that a busy
-machine slows all alike. "eager" is the reference: no compiler, float32 (bfloat16 autocast on
-CUDA), `scaled_dot_product_attention`, AdamW as separate operations. "plain" is what
-`anystep train` runs, "fast" what it runs with `--compile`. The matrix rate is that of square
-products in the same dtype, between the same repeats. `--quick` is the digits alone.
+machine slows all alike. They are
+
+    eager     the reference: no compiler, float32, scaled_dot_product_attention, AdamW step by step
+    plain     what `anystep train` runs
+    compiled  what it runs with --compile
+    fast      and with --precision bfloat16 besides
+
+(all in bfloat16 on CUDA). The matrix rate is that of square products in the same dtype, between
+the same repeats. `--quick` is the digits' size alone, without guidance and "compiled".
 """
 
 import argparse
@@ -32,7 +37,7 @@ from anystep.presets import digits, fashion_mnist
 from anystep.provenance import provenance
 from anystep.sampling import sample
 from anystep.state import State, initial_state
-from anystep.train import autocast, training_step
+from anystep.train import training_step
 
 SHARE = 0.25  # of bootstrap rows: 2 / 4 / 3 more forwards than flow matching
 METHODS: dict[str, Objective] = {
@@ -40,8 +45,14 @@ METHODS: dict[str, Objective] = {
     "shortcut": Shortcut(bootstrap_share=SHARE),
     "shortcut guided": Shortcut(bootstrap_share=SHARE, guidance=1.5),
 }
-PATHS = ("eager", "plain", "fast")
+PATHS: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "plain": {},
+    "compiled": {"compile": True},
+    "fast": {"compile": True, "precision": "bfloat16"},
+}
 WARM_UP = 3
+SIDE = 1024  # of the square products
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ def sizes(quick: bool) -> dict[str, Size]:
 
 
 def training(
-    size: Size, objective: Objective, path: str, device: torch.device, **changes: Any
+    size: Size, objective: Objective, path: str, device: torch.device
 ) -> Callable[[], None]:
     """A function that takes one training step on the same batch each time."""
     base = digits(objective)
@@ -88,8 +99,7 @@ def training(
         optimizer=size.optimizer,
         batch=size.batch,
         device=str(device),
-        compile=path == "fast",
-        **changes,
+        **PATHS[path],
     )
     splits = size.splits
     state = initial_state(config, splits, device)
@@ -137,72 +147,55 @@ def first_step(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def matrix_product(device: torch.device, side: int = 1024) -> Callable[[], None]:
-    """A square product in the dtype in which the step multiplies."""
-    config = digits(Shortcut())
-    a, b = (torch.randn(side, side, device=device) for _ in range(2))
+def matrix_product(dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
+    """A square product."""
+    a, b = (torch.randn(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))
 
     def product() -> None:
-        with autocast(config, device):
-            a @ b
+        a @ b
 
     return product
 
 
-def step_times(size: Size, repeats: int, device: torch.device) -> dict[str, Any]:
+def step_times(
+    size: Size, methods: list[str], paths: list[str], repeats: int, device: torch.device
+) -> dict[str, Any]:
     """Step times of every method on every path, their ratios, and the rate of arithmetic."""
     runs = {
-        (method, path): training(size, objective, path, device)
-        for method, objective in METHODS.items()
-        for path in PATHS
+        (method, path): training(size, METHODS[method], path, device)
+        for method in methods
+        for path in paths
     }
     waits = {f"{m}, {p}": first_step(run) for (m, p), run in runs.items()}
     flops = {}
-    for method in METHODS:
+    for method in methods:
         with FlopCounterMode(display=False) as counter:
             runs[method, "eager"]()
         flops[method] = counter.get_total_flops()
     contestants = {f"{m}, {p}": run for (m, p), run in runs.items()}
-    seconds = medians(contestants | {"matrix": matrix_product(device)}, repeats, device)
-    rate = 2 * 1024**3 / seconds.pop("matrix")
-    table = {
-        name: {
+    products = {str(t): matrix_product(t, device) for t in (torch.float32, torch.bfloat16)}
+    seconds = medians(contestants | products, repeats, device)
+    rates = {name: 2 * SIDE**3 / seconds.pop(name) for name in products}
+
+    def row(method: str, path: str) -> dict[str, float]:
+        s, low = seconds[f"{method}, {path}"], path == "fast" or device.type == "cuda"
+        return {
             "ms": 1e3 * s,
-            "first_s": waits[name],
-            "forward_equivalents": flops[name.split(",")[0]] / flops["flow_matching"] * 3,
-            "gflops": flops[name.split(",")[0]] / s / 1e9,
-            "share_of_matrix_rate": flops[name.split(",")[0]] / s / rate,
+            "first_s": waits[f"{method}, {path}"],
+            "over_eager": s / seconds[f"{method}, eager"],
+            "over_flow_matching": s / seconds[f"flow_matching, {path}"],
+            "forward_equivalents": 3 * flops[method] / flops["flow_matching"],
+            "gflops": flops[method] / s / 1e9,
+            "share_of_matrix_rate": flops[method]
+            / s
+            / rates[str(torch.bfloat16 if low else torch.float32)],
         }
-        for name, s in seconds.items()
-    }
-    ratios = {
-        f"ratio_{'guided' if 'guided' in m else 'shortcut'}_over_flow_{p}": seconds[f"{m}, {p}"]
-        / seconds[f"flow_matching, {p}"]
-        for m in METHODS
-        for p in PATHS
-        if m != "flow_matching"
-    }
+
     return {
         "batch": size.batch,
-        "matrix_gflops": rate / 1e9,
-        "ratio_shortcut_over_flow": ratios["ratio_shortcut_over_flow_fast"],
-        "ratio_fast_over_eager": seconds["shortcut, fast"] / seconds["shortcut, eager"],
-        "ratio_plain_over_eager": seconds["shortcut, plain"] / seconds["shortcut, eager"],
-        **ratios,
-        "steps": table,
+        "matrix_gflops": {name: rate / 1e9 for name, rate in rates.items()},
+        "steps": {f"{m}, {p}": row(m, p) for m in methods for p in paths},
     }
-
-
-def low_precision(size: Size, repeats: int, device: torch.device) -> dict[str, float]:
-    """Shortcut's step in bfloat16 over that in float32, plain and compiled."""
-    objective = METHODS["shortcut"]
-    contestants = {
-        f"{dtype}, {path}": training(size, objective, path, device, precision=dtype)
-        for dtype in ("float32", "bfloat16")
-        for path in PATHS
-    }
-    seconds = medians(contestants, repeats, device)
-    return {name: 1e3 * s for name, s in seconds.items()}
 
 
 def sampling_ratio(steps: int, batch: int, repeats: int, device: torch.device) -> dict[str, float]:
@@ -241,22 +234,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device = pick_device(args.device)
-    measured = {
-        name: step_times(size, args.repeats, device) for name, size in sizes(args.quick).items()
-    }
-    report = {
-        "ratio_shortcut_over_flow": measured["digits"]["ratio_shortcut_over_flow"],
-        "ratio_fast_over_eager": measured["digits"]["ratio_fast_over_eager"],
+    methods, paths = list(METHODS), list(PATHS)
+    if args.quick:
+        methods, paths = ["flow_matching", "shortcut"], ["eager", "plain", "fast"]
+    measured = {}
+    for name, size in sizes(args.quick).items():
+        measured[name] = step_times(size, methods, paths, args.repeats, device)
+        torch.compiler.reset()  # another size is another graph, not a change of this one
+    steps = measured["digits"]["steps"]
+    report: dict[str, Any] = {
+        "ratio_shortcut_over_flow": steps["shortcut, plain"]["over_flow_matching"],
+        "ratio_fast_over_eager": steps["shortcut, fast"]["over_eager"],
         "bootstrap_share": SHARE,
         "threads": torch.get_num_threads(),
         "training": measured,
     }
     if not args.quick:
-        report["precision"] = {
-            name: low_precision(size, args.repeats, device)
-            for name, size in sizes(False).items()
-            if name != "DiT-S/2"
-        }
         report["sampling"] = [
             sampling_ratio(steps, batch, args.repeats, device)
             for steps, batch in ((1, 1), (1, 64), (1, 512), (8, 64), (32, 64))
