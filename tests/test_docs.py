@@ -3,11 +3,13 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import test_objectives as contract
 from anystep import objectives, registry
+from anystep.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -52,3 +54,16 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {"torch": torch})
+
+
+@pytest.mark.parametrize(
+    "folder", sorted((ROOT / "results").glob("*/*/model.json")), ids=lambda p: p.parent.name
+)
+def test_weights_that_are_in_the_checkout_sample(folder, tmp_path):
+    out = tmp_path / "samples.npz"
+    assert (
+        main(["sample", str(folder.parent), "--n", "20", "--steps", "1", "--out", str(out)]) == 0
+    )
+    samples = np.load(out)["samples"]
+    assert samples.shape[0] == 20 and np.abs(samples).max() < 2
+    assert samples.std(0).mean() > 0.2  # garments, not one blur
