@@ -62,8 +62,9 @@ def main():
     """Do the task for every config."""
     task, *paths = sys.argv[1:]
     assert "RANK" in os.environ
-    for path in paths:
-        globals()[task](from_json(TrainConfig, checkpoint.read_json(Path(path))))
+    with parallel.joined("ddp", CPU):
+        for path in paths:
+            globals()[task](from_json(TrainConfig, checkpoint.read_json(Path(path))))
 
 
 if __name__ == "__main__":

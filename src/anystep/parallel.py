@@ -154,7 +154,8 @@ def joined(
 ) -> Iterator[Processes]:
     """Join the processes that torchrun started with this one; alone without torchrun.
 
-    After an error nothing is waited for: torchrun stops the others.
+    Around several runs it joins once for all of them. After an error nothing is waited for:
+    torchrun stops the others.
 
     Args:
         kind: how parameters are held.
@@ -173,7 +174,9 @@ def joined(
         raise UserError("this build of torch lacks torch.distributed: start without torchrun")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    outermost = not dist.is_initialized()
+    if outermost:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     mesh = None
     if kind == "fsdp":
         mesh = init_device_mesh(device.type, (count,))
@@ -185,7 +188,8 @@ def joined(
         mesh = init_device_mesh(device.type, (count // local, local), mesh_dim_names=names)
     yield Processes(rank(), count, mesh, shard_dtype)
     dist.barrier()
-    dist.destroy_process_group()
+    if outermost:
+        dist.destroy_process_group()
 
 
 def whole(tensor: Tensor) -> Tensor:
