@@ -233,12 +233,14 @@ def test_a_killed_process_is_started_again_and_nothing_is_lost(tmp_path, kind):
     undisturbed, run = (config(tmp_path / name, **changes) for name in ("undisturbed", "run"))
     code, output = launch(2, "train", undisturbed)
     assert code == 0, output
-    job = launch(2, "train", run, restarts=1, wait=False)
-    while not checkpoint.checkpoints(run.out) and job.poll() is None:
-        time.sleep(0.01)
-    killed = children(job.pid)[-1]
-    os.kill(killed, signal.SIGKILL)
-    output = job.communicate(timeout=120)[0]
+    job = launch(2, "train", run, restarts=3, wait=False)  # more, lest connecting fails once
+    try:
+        while not checkpoint.checkpoints(run.out) and job.poll() is None:
+            time.sleep(0.01)
+        os.kill(children(job.pid)[-1], signal.SIGKILL)
+        output = job.communicate(timeout=200)[0]
+    finally:
+        job.kill()
     assert job.returncode == 0 and "exitcode: -9" in output, output
     for name, value in tensors(undisturbed, 200).items():
         assert torch.equal(value, tensors(run, 200)[name]), name
