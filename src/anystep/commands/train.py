@@ -39,7 +39,7 @@ def run(args: Sequence[str]) -> int:
             raise UserError(f"{name} names its method itself; leave --method out")
         start = from_json(TrainConfig, checkpoint.read_json(Path(name)))
     else:
-        start = preset(name, method or "shortcut")
+        start = preset(name, method)
     if teacher:
         network = checkpoint.read_info(checkpoint.find_model(Path(teacher)))["network"]
         start = replace(start, teacher=Path(teacher), network=from_json(NetworkConfig, network))
@@ -62,6 +62,6 @@ def run(args: Sequence[str]) -> int:
 def train_help() -> str:
     """Help of `anystep train` with the presets and methods."""
     lines = [str(run.__doc__).replace("\n    ", "\n"), "presets:"]
-    lines += [f"  {name:<15}{str(make.__doc__).splitlines()[0]}" for name, make in PRESETS.items()]
+    lines += [f"  {name:<17}{str(make.__doc__).splitlines()[0]}" for name, make in PRESETS.items()]
     lines += ["", "methods (default shortcut; a variant is named as shortcut/paper):"]
     return "\n".join(lines + [f"  {name}" for name in names(Objective.PACKAGE)])
