@@ -10,7 +10,6 @@ from anystep.interop import conventions as conv
 from anystep.oracle import Gaussian
 from anystep.path import expand_to, interpolate
 from anystep.sampling import sample
-from anystep.spec import ModelSpec
 
 DDPM = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
 CONVENTIONS = {
@@ -79,7 +78,7 @@ def test_predictions_come_back(name, predicts, dtype):
     error = float((again - u).abs().max() / u.abs().max())
     print(f"{name}, {predicts}: {error:.1e}")
     assert prediction.dtype == dtype
-    assert error <= (1e-9 if dtype == torch.float64 else 1e-4)
+    assert error <= (1e-9 if dtype == torch.float64 else 1e-5)
 
 
 @pytest.mark.parametrize(("name", "predicts"), CASES)
@@ -102,18 +101,15 @@ def test_a_perfect_network_has_the_oracle_s_velocity(name, predicts):
 @pytest.mark.parametrize(("name", "predicts"), CASES)
 def test_our_sampler_starts_from_noise_in_any_convention(name, predicts):
     """At t = 0 some conventions are at infinity, or off their schedule."""
-    if (name, predicts) in {("ours", "noise"), ("rectified flow", "noise")}:
-        pytest.skip("noise says nothing of data at pure noise, and these start there")
-    if name == "rectified flow, timesteps" and predicts == "noise":
-        pytest.skip("likewise")
+    if predicts == "noise" and (name == "ours" or name.startswith("rectified")):
+        pytest.skip("noise says nothing of data at pure noise, where these start")
     theirs = CONVENTIONS[name]
     net = conv.network(lambda z, s, cond: closed_form(name, predicts, z, s), theirs, predicts)
     x0 = batch()[0]
-    spec = ModelSpec(step_input="zero", levels=(7,))
     made = sample(net, x0, steps=512)
     exact = TRUTH.flow_map(x0, torch.zeros(len(x0)).double(), torch.ones(len(x0)).double())
     error = float((made - exact).abs().max())
-    print(f"{name}, {predicts}: {error:.3f} from the exact flow ({spec.step_input})")
+    print(f"{name}, {predicts}: {error:.3f} from the exact flow")
     assert error <= 0.05
 
 
@@ -152,10 +148,9 @@ class TestSchedulersOfDiffusers:
         sigma = scheduler.sigmas[:-1].double()
         x0, x1, _, _ = batch()
         z = x1 + sigma[:, None, None] * x0
-        assert torch.allclose(
-            z.float(), scheduler.add_noise(x1.float(), x0.float(), scheduler.timesteps)
-        )
-        self.check(conv.edm(), z, sigma, x0, "noise")
+        noised = scheduler.add_noise(x1.float(), x0.float(), scheduler.timesteps)
+        assert torch.allclose(z.float(), noised, atol=1e-3)  # of up to 400
+        self.check(conv.edm(float(sigma[0])), z, sigma, x0, "noise")
 
     def test_flow_matching(self):
         scheduler = self.module.FlowMatchEulerDiscreteScheduler()

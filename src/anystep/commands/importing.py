@@ -163,7 +163,7 @@ def describe(model: Model, out: Path) -> str:
     if spec.guidance != 1:
         lines.append(f"guidance {spec.guidance} is taken to be in its targets (--guidance)")
     if spec.step_input == "zero":
-        lines.append(f"next: anystep train shards --data.path STORE --start {out}")
+        lines.append(f"next: anystep train PRESET --start {out}")
     else:
         lines.append(f"next: anystep sample {out} --steps 1 --out samples.npz")
     return "\n".join(lines)
