@@ -35,7 +35,9 @@ def load_model(
     try:
         from diffusers import DiTTransformer2DModel
     except ImportError as error:
-        raise UserError(f"diffusers is not installed ({error}): pip install diffusers") from None
+        raise UserError(
+            f"this needs diffusers ({error}): pip install 'anystep[latents]'"
+        ) from None
     try:
         theirs = DiTTransformer2DModel.from_pretrained(
             name,
