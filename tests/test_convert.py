@@ -143,6 +143,16 @@ def test_a_shortcut_model_goes_on_as_it_is(tmp_path):
     assert all(torch.equal(first[k], v) for k, v in state.model.net.state_dict().items())
 
 
+def test_a_run_that_began_from_nothing_is_not_given_a_start(tmp_path, capsys):
+    flow_run(tmp_path / "flow")
+    begun = flow_run(tmp_path / "begun", Shortcut())
+    with pytest.raises(UserError, match=r"run of another config \(start: None -> "):
+        train(replace(begun, start=tmp_path / "flow"), bar=False)
+    assert cli.main(["train", "mixture", "--start", str(tmp_path / "flow"), "--dry-run"]) == 0
+    config = json.loads(capsys.readouterr().out)
+    assert config["out"] == "runs/mixture-shortcut-from-flow" and config["network"]["width"] == 16
+
+
 def test_what_cannot_be_a_start_is_refused(tmp_path):
     config = flow_run(tmp_path / "flow")
     tuned = replace(config, objective=Shortcut(), start=tmp_path / "flow")

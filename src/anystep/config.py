@@ -161,8 +161,12 @@ FREE = (*PLACES, "log.", "device", "parallel", "recompute", "compile")
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The fields, as "name: old -> new", in which two configs (JSON) are different runs."""
-    return [line for line in differences(old, new) if not line.startswith(FREE)]
+    """The fields, as "name: old -> new", in which two configs (JSON) are different runs.
+
+    A run that began without a start cannot be given one.
+    """
+    different = differences(old, new)
+    return [line for line in different if not line.startswith(FREE) or "start: None ->" in line]
 
 
 def config_json(config: TrainConfig) -> dict[str, Any]:

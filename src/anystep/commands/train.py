@@ -48,6 +48,9 @@ def run(args: Sequence[str]) -> int:
             info = checkpoint.read_info(checkpoint.find_model(Path(path)))
             network = from_json(NetworkConfig, info["network"])
             base = replace(base, network=network, **{role: Path(path)})
+            if role == "start":  # not the folder of a run that starts from nothing
+                out = base.out.with_name(f"{base.out.name}-from-{Path(path).name}")
+                base = replace(base, out=out)
     config = parse(TrainConfig, words, f"anystep train {name}", base)
     if dry:
         print(json.dumps(config_json(config), indent=2))
