@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import anystep
-from anystep.commands import compare, encode, evaluate, info, pairs, sample, train
+from anystep.commands import compare, encode, evaluate, importing, info, pairs, sample, train
 from anystep.errors import UserError
 from anystep.registry import unknown
 from anystep.train import INTERRUPTED
@@ -18,6 +18,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "sample": sample.run,
     "eval": evaluate.run,
     "compare": compare.run,
+    "import": importing.run,
     "info": info.run,
 }
 
@@ -32,6 +33,7 @@ commands (anystep COMMAND --help says more):
   sample    draw samples:           anystep sample runs/digits-shortcut --steps 4
   eval      judge at every N:       anystep eval runs/digits-shortcut
   compare   methods, equal compute: anystep compare digits
+  import    a model of other code:  anystep import kvfrans FILE --out FOLDER
   info      what a model is:        anystep info runs/digits-shortcut
 """
 

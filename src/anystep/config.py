@@ -95,6 +95,8 @@ class TrainConfig:
         optimizer: AdamW and its schedule.
         log: what is written on the way.
         teacher: a run, checkpoint or model folder to learn from, for methods that have one.
+        start: a run, checkpoint or model folder whose weights a new run starts from; a flow
+            model answers every step size as it answered d = 0.
         out: the run's folder.
         steps: number of training steps.
         batch: examples a step.
@@ -119,6 +121,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     log: LogConfig = field(default_factory=LogConfig)
     teacher: Path | None = None
+    start: Path | None = None
     out: Path = Path("runs/run")
     steps: int = 10_000
     batch: int = 128
@@ -152,13 +155,18 @@ class TrainConfig:
 
 
 # These may differ between a run and its continuation: they do not change what is computed. Where
-# data and teacher lie is free, since a checkpoint has the digest of the ones, and the other.
-FREE = ("out", "log.", "device", "teacher", "data.path", "parallel", "recompute", "compile")
+# data, teacher and start lie is free: a checkpoint has the digest of the data, and the weights.
+PLACES = ("out", "teacher", "start", "data.path")
+FREE = (*PLACES, "log.", "device", "parallel", "recompute", "compile")
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The fields, as "name: old -> new", in which two configs (JSON) are different runs."""
-    return [line for line in differences(old, new) if not line.startswith(FREE)]
+    """The fields, as "name: old -> new", in which two configs (JSON) are different runs.
+
+    A run that began without a start cannot be given one.
+    """
+    different = differences(old, new)
+    return [line for line in different if not line.startswith(FREE) or "start: None ->" in line]
 
 
 def config_json(config: TrainConfig) -> dict[str, Any]:

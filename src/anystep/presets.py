@@ -5,6 +5,7 @@ method; everything can be overridden afterwards.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import tyro
@@ -23,6 +24,7 @@ from anystep.errors import UserError
 from anystep.networks.dit import DiTConfig
 from anystep.networks.mlp import MLPConfig
 from anystep.objectives import Objective
+from anystep.objectives.shortcut import Shortcut
 from anystep.registry import find, unknown
 
 Preset = Callable[[Objective], TrainConfig]
@@ -176,6 +178,40 @@ def mixture(objective: Objective) -> TrainConfig:
     )
 
 
+def celebahq_256_b(objective: Objective) -> TrainConfig:
+    """The paper's CelebA-HQ-256: DiT-B/2 on latents of a store; --data.path."""
+    return as_published(objective, "B/2", steps=400_000, batch=64)
+
+
+def imagenet_256_b(objective: Objective) -> TrainConfig:
+    """The paper's ImageNet-256: DiT-B/2, guided targets, latents of a store; --data.path."""
+    return as_published(guided(objective), "B/2", steps=800_000, batch=256)
+
+
+def imagenet_256_xl(objective: Objective) -> TrainConfig:
+    """The paper's ImageNet-256 at DiT-XL/2, guided targets, latents; --data.path."""
+    return as_published(guided(objective), "XL/2", steps=800_000, batch=256)
+
+
+def as_published(objective: Objective, size: str, steps: int, batch: int) -> TrainConfig:
+    """What Frans et al. (arXiv 2410.12557) train alike on both datasets; see docs/method.md."""
+    return TrainConfig(
+        data=Shards(path=tyro.MISSING, held_out=0.0),
+        network=DiTConfig.size(size),
+        objective=objective,
+        optimizer=OptimizerConfig(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.1, clip=None),
+        log=LogConfig(save_every=5000, look_every=20_000),
+        steps=steps,
+        batch=batch,
+        ema=0.999,
+    )
+
+
+def guided(objective: Objective) -> Objective:
+    """With the paper's guidance of 1.5 in the targets; other methods as they are."""
+    return replace(objective, guidance=1.5) if isinstance(objective, Shortcut) else objective
+
+
 PRESETS: dict[str, Preset] = {
     preset.__name__.replace("_", "-"): preset
     for preset in (
@@ -189,8 +225,12 @@ PRESETS: dict[str, Preset] = {
         vectors,
         pairs,
         mixture,
+        celebahq_256_b,
+        imagenet_256_b,
+        imagenet_256_xl,
     )
 }
+PUBLISHED = ("celebahq-256-b", "imagenet-256-b", "imagenet-256-xl")  # are shortcut/paper
 
 
 def objective(name: str) -> Objective:
@@ -211,14 +251,17 @@ def objective(name: str) -> Objective:
     return made
 
 
-def preset(name: str, method: str = "shortcut") -> TrainConfig:
+def preset(name: str, method: str | None = None) -> TrainConfig:
     """The config of preset `name` with the objective `method`, out in runs/<name>-<method>.
+
+    Without a method it is shortcut: as published where the preset is, else as found here.
 
     Raises:
         UserError: unknown preset or method; the nearest name is suggested.
     """
     if name not in PRESETS:
         raise UserError(unknown("preset", name, PRESETS))
+    method = method or ("shortcut/paper" if name in PUBLISHED else "shortcut")
     config = PRESETS[name](objective(method))
     slug = f"{name}-{method}".replace("/", "-").replace("_", "-")
     fields = vars(config) | {"out": Path("runs") / slug}

@@ -15,8 +15,9 @@ def provenance() -> dict[str, str | int]:
     """Where and how a result is being made."""
     program = Path(sys.argv[0]).name
     start = [] if program == "anystep" else ["python"]
-    if start and (Path.cwd() / "benchmarks" / program).is_file():
-        program = f"benchmarks/{program}"
+    for folder in ("benchmarks", "examples"):
+        if start and (Path.cwd() / folder / program).is_file():
+            program = f"{folder}/{program}"
     return {
         "command": " ".join([*start, program, *sys.argv[1:]]),
         "version": anystep.__version__,

@@ -111,6 +111,15 @@ class ModelSpec:
         """The class id that stands for no condition; None for an unconditional model."""
         return self.num_classes or None
 
+    @property
+    def knows_velocity(self) -> bool:
+        """Whether u(x, t, 0) of the linear path is what the model was trained for."""
+        return (
+            (self.predicts, self.path, self.sampler) == ("u", "linear", "euler")
+            and finest_level(self.finest) in self.levels
+            and self.in_regime(self.finest)
+        )
+
     def asked(self, d: float) -> float:
         """The d the network is asked for a step of size d."""
         if self.step_input == "zero" or d <= 1 / self.finest:

@@ -17,7 +17,7 @@ from anystep.compute import ForwardCounter
 from anystep.config import TrainConfig, config_json
 from anystep.data import Loaded
 from anystep.errors import UserError
-from anystep.networks import blocks_of, build_model
+from anystep.networks import blocks_of, build_model, forget_steps
 from anystep.objectives import Models, copy_weights
 from anystep.parallel import Processes
 from anystep.registry import differences, to_json
@@ -41,7 +41,7 @@ class State:
         optimizer: AdamW.
         data: digest of the training data.
         counter: of forward-equivalents.
-        origin: where the teacher came from, and what it cost.
+        origin: where the teacher or the start came from, and what it cost.
         step: steps done.
         seconds: time they took.
         position: where in the data the next step begins, when its number does not say.
@@ -138,8 +138,21 @@ def initial_state(
     splits: Loaded,
     device: torch.device,
     processes: Processes | None = None,
+    *,
+    new: bool = True,
 ) -> State:
-    """The state before the first step; the initial weights follow from the seed."""
+    """The state before the first step; the initial weights follow from the seed, or the start.
+
+    Args:
+        config: the run.
+        splits: its data.
+        device: where it is trained.
+        processes: those that train.
+        new: whether it is a new run, not one whose checkpoint brings the weights.
+
+    Raises:
+        UserError: the start does not fit.
+    """
     processes = processes or Processes()
     data = splits.train
     base = ModelSpec(
@@ -152,6 +165,7 @@ def initial_state(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = build_model(config.network, config.objective.spec(base))
+    origin = load_start(model, config) if new else {}
 
     def frozen_copy() -> nn.Module:
         return processes.place(copy.deepcopy(model.net).requires_grad_(False), device)
@@ -186,7 +200,7 @@ def initial_state(
         optimizer,
         data.digest(),
         ForwardCounter(*shared),
-        {},
+        origin,
         processes,
         Models(shared[0], *shared[1:]),
     )
@@ -216,32 +230,86 @@ def load_teacher(state: State, config: TrainConfig) -> None:
     """
     if config.teacher is None:
         return
-    folder = checkpoint.find_model(config.teacher)
-    info = checkpoint.read_info(folder)
-    changed = differences(info["network"], to_json(config.network))
-    if changed:
-        raise UserError(
-            f"the teacher {config.teacher} has another network than the student "
-            f"({'; '.join(changed)}): give the student the teacher's"
-        )
-    model = checkpoint.load_model(folder)
-    for name in ("shape", "num_classes", "data", "finest", "vae"):
-        theirs, ours = getattr(model.spec, name), getattr(state.model.spec, name)
-        if theirs != ours:
-            raise UserError(
-                f"the teacher {config.teacher} was trained for {name} {theirs}, the student is "
-                f"for {ours}"
-            )
+    folder, model = source(config.teacher, "teacher", config, state.model.spec)
     config.objective.check_teacher(model.spec)
     assert state.teacher is not None
     if state.processes.mesh is None:
         copy_weights(model.net, state.teacher)
     else:
         parallel.read_shards(folder, state.teacher.state_dict())
-    training = info["training"]
+    state.origin = cost(config.teacher)
+
+
+def load_start(model: Model, config: TrainConfig) -> dict[str, Any]:
+    """Give the network of a new run the weights it starts from.
+
+    A flow model's become those of a network that answers every step size as d = 0.
+
+    Returns:
+        Where they came from, and what they cost; nothing without a start.
+
+    Raises:
+        UserError: they are of another network or other data, or know no velocity at d = 0.
+    """
+    if config.start is None:
+        return {}
+    if config.teacher is not None:
+        raise UserError("the teacher's weights are the start: leave --start out")
+    _, start = source(config.start, "start", config, model.spec, steps=False)
+    if not start.spec.knows_velocity:
+        raise UserError(
+            f"the start {config.start} was not trained for the velocity at d = 0, as "
+            "flow_matching and shortcut are"
+        )
+    if start.spec.step_input != "step":
+        forget_steps(start.net)
+    elif start.spec.finest != model.spec.finest:
+        raise UserError(
+            f"the start {config.start} was trained for steps down to 1/{start.spec.finest}, not "
+            f"1/{model.spec.finest}: choose --objective.M {start.spec.finest}"
+        )
+    copy_weights(start.net, model.net)
+    return cost(config.start)
+
+
+def source(
+    path: Path, role: str, config: TrainConfig, spec: ModelSpec, *, steps: bool = True
+) -> tuple[Path, Model]:
+    """The folder and the model whose weights a run takes.
+
+    Args:
+        path: a run, checkpoint or model folder.
+        role: what it is to the run.
+        config: the run.
+        spec: the run's model.
+        steps: whether M must be the same.
+
+    Raises:
+        UserError: it has another network, or other data; what differs is named.
+    """
+    folder = checkpoint.find_model(path)
+    changed = differences(checkpoint.read_info(folder)["network"], to_json(config.network))
+    if changed:
+        raise UserError(
+            f"the {role} {path} has another network than the student ({'; '.join(changed)}): "
+            f"give the student the {role}'s"
+        )
+    model = checkpoint.load_model(folder)
+    for name in ("shape", "num_classes", "data", "vae", *(["finest"] if steps else [])):
+        theirs, ours = getattr(model.spec, name), getattr(spec, name)
+        if theirs != ours:
+            raise UserError(
+                f"the {role} {path} was trained for {name} {theirs}, the student is for {ours}"
+            )
+    return folder, model
+
+
+def cost(path: Path) -> dict[str, Any]:
+    """Where weights were taken from, and the forwards that it and what it rests on took."""
+    training = checkpoint.read_info(checkpoint.find_model(path))["training"]
     earlier = training.get("teacher") or {}
-    state.origin = {
-        "model": str(config.teacher),
+    return {
+        "model": str(path),
         "forwards": training.get("forwards", 0) + earlier.get("forwards", 0),
     }
 

@@ -65,8 +65,8 @@ def train_together(
     """`train`, of the processes of a run."""
     splits = config.data.load()
     check_method(config, splits)
-    state = initial_state(config, splits, device, processes)
     found = checkpoint.checkpoints(config.out)
+    state = initial_state(config, splits, device, processes, new=not found)
     if not found:
         load_teacher(state, config)
     if processes.first:

@@ -18,11 +18,13 @@ from anystep.train import INTERRUPTED, train
 
 
 def run(args: Sequence[str]) -> int:
-    """Usage: anystep train PRESET [--method METHOD] [--teacher RUN] [--dry-run] [--FIELD VALUE].
+    """Usage: anystep train PRESET [--method M] [--teacher RUN | --start RUN] [--FIELD VALUE].
 
     PRESET is a dataset (below) or the config.json of a run. Every field of the config can be
     set, as in --steps 500 or --objective.target-ema 0.99; `anystep train PRESET --help` lists
-    them. The same command again goes on where the run stopped.
+    them, and --dry-run shows their values and trains nothing. --start begins with the weights of
+    a model, such as a flow that is to become a shortcut model. The same command again goes on
+    where the run stopped.
     """
     words = list(args)
     if not words or words[0] in ("-h", "--help"):
@@ -31,19 +33,25 @@ def run(args: Sequence[str]) -> int:
     name = words.pop(0)
     if name.startswith("-"):
         raise UserError(f"name a preset first: anystep train {'|'.join(PRESETS)}")
-    method, teacher = take(words, "--method"), take(words, "--teacher")
+    method = take(words, "--method")
+    givers = {role: take(words, f"--{role}") for role in ("teacher", "start")}
     dry = "--dry-run" in words
     words = [word for word in words if word != "--dry-run"]
     if name.endswith(".json"):
         if method:
             raise UserError(f"{name} names its method itself; leave --method out")
-        start = from_json(TrainConfig, checkpoint.read_json(Path(name)))
+        base = from_json(TrainConfig, checkpoint.read_json(Path(name)))
     else:
-        start = preset(name, method or "shortcut")
-    if teacher:
-        network = checkpoint.read_info(checkpoint.find_model(Path(teacher)))["network"]
-        start = replace(start, teacher=Path(teacher), network=from_json(NetworkConfig, network))
-    config = parse(TrainConfig, words, f"anystep train {name}", start)
+        base = preset(name, method)
+    for role, path in givers.items():
+        if path:
+            info = checkpoint.read_info(checkpoint.find_model(Path(path)))
+            network = from_json(NetworkConfig, info["network"])
+            base = replace(base, network=network, **{role: Path(path)})
+            if role == "start":  # not the folder of a run that starts from nothing
+                out = base.out.with_name(f"{base.out.name}-from-{Path(path).name}")
+                base = replace(base, out=out)
+    config = parse(TrainConfig, words, f"anystep train {name}", base)
     if dry:
         print(json.dumps(config_json(config), indent=2))
         return 0
@@ -62,6 +70,6 @@ def run(args: Sequence[str]) -> int:
 def train_help() -> str:
     """Help of `anystep train` with the presets and methods."""
     lines = [str(run.__doc__).replace("\n    ", "\n"), "presets:"]
-    lines += [f"  {name:<15}{str(make.__doc__).splitlines()[0]}" for name, make in PRESETS.items()]
+    lines += [f"  {name:<17}{str(make.__doc__).splitlines()[0]}" for name, make in PRESETS.items()]
     lines += ["", "methods (default shortcut; a variant is named as shortcut/paper):"]
     return "\n".join(lines + [f"  {name}" for name in names(Objective.PACKAGE)])

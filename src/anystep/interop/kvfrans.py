@@ -1,10 +1,15 @@
-"""Read weights of the shortcut authors' JAX code (github.com/kvfrans/shortcut-models).
+"""Read models of the shortcut authors' JAX code (github.com/kvfrans/shortcut-models).
 
-Their parameters are Flax names such as `DiTBlock_0/Dense_0/kernel`. Dense kernels are (in, out)
-and images channels-last there; here they are (out, in) and channels-first.
+Their checkpoint is a pickle of `{"train_state": {"params", "params_ema", "opt_state", "step"}}`,
+read without running what it asks for. Its parameters are Flax names such as
+`DiTBlock_0/Dense_0/kernel`. Dense kernels are (in, out) and images channels-last there; here they
+are (out, in) and channels-first.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +17,14 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from anystep.errors import UserError
-from anystep.networks.dit import DiT, DiTConfig
+from anystep.interop.pickles import read_pickle
+from anystep.networks.dit import DiT, DiTConfig, heads_of
+from anystep.objectives.shortcut import Shortcut
+from anystep.registry import flatten
+from anystep.spec import Model, ModelSpec, VAESpec
 
 FINEST = 128  # the authors' denoise_timesteps
+GUIDANCE = 1.5  # in the targets of their class-conditional models
 
 TOP = {
     "patchify": "PatchEmbed_0/Conv_0",
@@ -33,6 +43,75 @@ BLOCK = {
     "mlp.2": ("MlpBlock_0/Dense_1",),
 }
 LABELS = "LabelEmbedder_0/Embed_0/embedding"
+PATCH = "PatchEmbed_0/Conv_0/kernel"
+
+
+def load_model(
+    path: Path,
+    *,
+    raw: bool = False,
+    heads: int | None = None,
+    size: int = 32,
+    guidance: float | None = None,
+    pixels: bool = False,
+    vae: VAESpec | None = None,
+) -> Model:
+    """The shortcut model of a checkpoint, asked what the authors ask it.
+
+    A table of one class is that of an unconditional model: the authors replace its label by the
+    null label in every row, so the embedding of that is added to the time's for good.
+
+    Args:
+        path: the pickle.
+        raw: take the weights themselves instead of their EMA.
+        heads: attention heads; by default those of the DiT of that width and depth.
+        size: side of the square image (of the latent, for a latent model).
+        guidance: in the targets it was trained on; by default 1.5 for a model of several
+            classes, as in the authors' commands, and none for one of one class.
+        pixels: samples are images in [-1, 1], not latents.
+        vae: the autoencoder of the latents.
+
+    Raises:
+        UserError: the file is no such checkpoint, asks for more than arrays, or does not fit.
+    """
+    params = read_params(path, raw=raw)
+    width, _ = _sizes(params)
+    net = load_network(
+        params,
+        num_heads=heads or heads_of(width, _depth(params)),
+        patch_size=_patch(params),
+        image_size=size,
+    )
+    classes = net.null_label or 0
+    if classes == 1:
+        net, classes = without_labels(net), 0
+    strength = (GUIDANCE if classes else 1.0) if guidance is None else guidance
+    base = ModelSpec(net.shape, classes, data="[-1, 1]" if pixels else "raw", vae=vae)
+    return Model(net, replace(Shortcut.authors(), guidance=strength).spec(base)).eval()
+
+
+def read_params(path: Path, *, raw: bool = False) -> dict[str, Any]:
+    """The parameters of a checkpoint by their Flax names: the EMA's, or the raw ones.
+
+    Raises:
+        UserError: the file is no such checkpoint, or asks for more than arrays.
+    """
+    tree, name = read_pickle(path), "params" if raw else "params_ema"
+    state = tree.get("train_state") if isinstance(tree, dict) else None
+    params = state.get(name) if isinstance(state, dict) else None
+    if not isinstance(params, dict):
+        raise UserError(f"{path} is no checkpoint of the shortcut authors: no train_state/{name}")
+    return {key.replace(".", "/"): value for key, value in flatten(params).items()}
+
+
+def without_labels(net: DiT) -> DiT:
+    """The function of `net` at its null label, as a network without classes."""
+    state = dict(net.state_dict())
+    null = state.pop("conditioning.label.weight")[-1]
+    state["conditioning.time.output.bias"] = state["conditioning.time.output.bias"] + null
+    bare = net.config.build(net.shape, 0, FINEST)
+    bare.load_state_dict(state)
+    return bare.eval()
 
 
 def load_network(
@@ -54,8 +133,9 @@ def load_network(
     Raises:
         UserError: a parameter is missing or its shape does not fit.
     """
-    width, channels = _sizes(params, patch_size)
-    depth = len({name.split("/")[0] for name in params if name.startswith("DiTBlock_")})
+    if patch_size != _patch(params):
+        raise UserError(f"these weights have patches of {_patch(params)}, not {patch_size}")
+    (width, channels), depth = _sizes(params), _depth(params)
     hidden = np.shape(_get(params, "DiTBlock_0/MlpBlock_0/Dense_0/kernel"))[1]
     classes = np.shape(_get(params, LABELS))[0] - 1
     config = DiTConfig.authors(
@@ -88,14 +168,29 @@ def _kernel(kernel: Tensor) -> Tensor:
     return kernel.T if kernel.ndim == 2 else kernel.permute(3, 2, 0, 1)
 
 
-def _sizes(params: Mapping[str, ArrayLike], patch: int) -> tuple[int, int]:
-    kernel = _get(params, "PatchEmbed_0/Conv_0/kernel")
-    if kernel.ndim != 4 or kernel.shape[:2] != (patch, patch):
-        raise UserError(f"these weights have patches {tuple(kernel.shape[:2])}, not {patch}")
+def _sizes(params: Mapping[str, ArrayLike]) -> tuple[int, int]:
+    """Width and channels."""
+    kernel = _get(params, PATCH)
     return kernel.shape[3], kernel.shape[2]
+
+
+def _patch(params: Mapping[str, ArrayLike]) -> int:
+    """Side of a patch."""
+    kernel = _get(params, PATCH)
+    if kernel.ndim != 4 or kernel.shape[0] != kernel.shape[1]:
+        raise UserError(f"{PATCH} is {tuple(kernel.shape)}, not the kernel of square patches")
+    return kernel.shape[0]
+
+
+def _depth(params: Mapping[str, ArrayLike]) -> int:
+    """Number of blocks."""
+    return len({name.split("/")[0] for name in params if name.startswith("DiTBlock_")})
 
 
 def _get(params: Mapping[str, ArrayLike], name: str) -> Tensor:
     if name not in params:
         raise UserError(f"the weights have no parameter {name!r}")
-    return torch.from_numpy(np.array(params[name], dtype=np.float32))
+    try:
+        return torch.from_numpy(np.array(params[name], dtype=np.float32))
+    except (TypeError, ValueError):
+        raise UserError(f"the parameter {name!r} is no array of numbers") from None

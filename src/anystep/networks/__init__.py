@@ -2,7 +2,8 @@
 
 A network config is a frozen dataclass whose `build` makes the module for the shape and classes
 of the data. A network knows its `null_label` (None when it is unconditional); `cond=None` means
-the null label for every row. What it repeats is in its `blocks`, an `nn.ModuleList`.
+the null label for every row. What it repeats is in its `blocks`, an `nn.ModuleList`. It can
+`forget_steps`: answer every d as it answered d = 0.
 """
 
 from abc import ABC, abstractmethod
@@ -11,6 +12,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from anystep.errors import UserError
 from anystep.spec import Model, ModelSpec
 
 
@@ -41,6 +43,19 @@ def blocks_of(net: nn.Module) -> list[nn.Module]:
     """The blocks of a network, which may be sharded, or computed again, one at a time."""
     assert isinstance(net.blocks, nn.ModuleList)
     return list(net.blocks)
+
+
+def forget_steps(net: nn.Module) -> None:
+    """Make u(x, t, d) what u(x, t, 0) was, for every d, until training changes it.
+
+    A flow model is asked d = 0 alone; its answer to any other d is an accident.
+
+    Raises:
+        UserError: the network cannot.
+    """
+    if not callable(forget := getattr(net, "forget_steps", None)):
+        raise UserError(f"a {type(net).__name__} cannot forget the size of a step")
+    forget()
 
 
 def build_model(network: NetworkConfig, spec: ModelSpec) -> Model:

@@ -14,9 +14,16 @@ def sinusoid(value: Tensor, dim: int = 256, max_period: float = 10_000) -> Tenso
 
     Source: the timestep embedding of Peebles and Xie, DiT (arXiv 2212.09748).
     """
-    exponent = torch.arange(dim // 2, dtype=torch.float32, device=value.device) / (dim // 2)
-    angle = value.float()[:, None] * torch.exp(-math.log(max_period) * exponent)
+    angle = value.float()[:, None] * sinusoid_rates(dim, max_period, value.device)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def sinusoid_rates(
+    dim: int = 256, max_period: float = 10_000, device: torch.device | None = None
+) -> Tensor:
+    """The angular frequencies (dim/2,) of `sinusoid`, from 1 falling to nearly 1 / max_period."""
+    exponent = torch.arange(dim // 2, dtype=torch.float32, device=device) / (dim // 2)
+    return torch.exp(-math.log(max_period) * exponent)
 
 
 def step_level(d: Tensor, finest: int) -> Tensor:
@@ -46,6 +53,19 @@ class ScalarEmbedding(nn.Module):
             out: Tensor = self.output(F.silu(self.hidden(features)))
         return out
 
+    @torch.no_grad()
+    def silence(self) -> None:
+        """Answer zero to every number, until training changes it."""
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    @torch.no_grad()
+    def hold(self, value: float) -> None:
+        """Answer to every number what is answered to `value`, until training changes it."""
+        held = self(torch.full((1,), value, device=self.output.bias.device))[0]
+        self.silence()
+        self.output.bias.copy_(held)
+
 
 class Conditioning(nn.Module):
     """c (B, width): the sum of the embeddings of t, of the level of d, and of the class.
@@ -66,6 +86,10 @@ class Conditioning(nn.Module):
         self.label = nn.Embedding(num_classes + 1, width) if num_classes else None
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.02)
+
+    def forget_steps(self) -> None:
+        """Give every level the embedding of the finest, which is that of d = 0."""
+        self.level.hold(finest_level(self.finest))
 
     def forward(self, t: Tensor, d: Tensor, cond: Tensor | None) -> Tensor:
         """T (B,), d (B,), class ids (B,) or None for the null label."""

@@ -73,6 +73,21 @@ class DiTConfig(NetworkConfig):
         return DiT(self, shape, num_classes, finest)
 
 
+def heads_of(width: int, depth: int) -> int:
+    """The heads of the size of the DiT paper that is so wide and deep: weights do not tell them.
+
+    Raises:
+        UserError: there is no such size.
+    """
+    for w, d, heads in SIZES.values():
+        if (w, d) == (width, depth):
+            return heads
+    raise UserError(
+        f"{depth} blocks of width {width} are no size of the DiT paper: say how many attention "
+        "heads they have with --heads"
+    )
+
+
 class DiT(nn.Module):
     """`net(x, t, d, cond) -> u` for images x (B, C, H, W) of one size."""
 
@@ -99,6 +114,10 @@ class DiT(nn.Module):
     def null_label(self) -> int | None:
         """The class id that stands for no condition; None without classes."""
         return self.conditioning.null_label
+
+    def forget_steps(self) -> None:
+        """Answer every d as d = 0 was answered, until training changes it."""
+        self.conditioning.forget_steps()
 
     def forward(self, x: Tensor, t: Tensor, d: Tensor, cond: Tensor | None = None) -> Tensor:
         """U (B, C, H, W) for x (B, C, H, W), t (B,), d (B,), class ids (B,) or None."""

@@ -57,6 +57,10 @@ class MLP(nn.Module):
         """The class id that stands for no condition; None without classes."""
         return self.conditioning.null_label
 
+    def forget_steps(self) -> None:
+        """Answer every d as d = 0 was answered, until training changes it."""
+        self.conditioning.forget_steps()
+
     def forward(self, x: Tensor, t: Tensor, d: Tensor, cond: Tensor | None = None) -> Tensor:
         """U (B, D) for x (B, D), t (B,), d (B,), class ids (B,) or None."""
         h, c = self.input(x), F.silu(self.conditioning(t, d, cond))

@@ -110,8 +110,7 @@ class Objective(ABC):
                 f"this one predicts {teacher.predicts} on the {teacher.path} path and is sampled "
                 f"by {teacher.sampler}"
             )
-        finest = teacher.finest
-        if finest_level(finest) not in teacher.levels or not teacher.in_regime(finest):
+        if not teacher.knows_velocity:
             raise UserError("this teacher was not trained at d = 0, where its velocity is asked")
 
     @staticmethod
