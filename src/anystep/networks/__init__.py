@@ -2,7 +2,8 @@
 
 A network config is a frozen dataclass whose `build` makes the module for the shape and classes
 of the data. A network knows its `null_label` (None when it is unconditional); `cond=None` means
-the null label for every row. What it repeats is in its `blocks`, an `nn.ModuleList`.
+the null label for every row. What it repeats is in its `blocks`, an `nn.ModuleList`, and what it
+was built from in its `config`.
 """
 
 from abc import ABC, abstractmethod
@@ -11,6 +12,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from anystep.errors import UserError
 from anystep.spec import Model, ModelSpec
 
 
@@ -41,6 +43,20 @@ def blocks_of(net: nn.Module) -> list[nn.Module]:
     """The blocks of a network, which may be sharded, or computed again, one at a time."""
     assert isinstance(net.blocks, nn.ModuleList)
     return list(net.blocks)
+
+
+def config_of(net: nn.Module) -> NetworkConfig:
+    """The config that a network was built from.
+
+    Raises:
+        UserError: the network does not know it.
+    """
+    config = getattr(net, "config", None)
+    if not isinstance(config, NetworkConfig):
+        raise UserError(
+            f"a {type(net).__name__} does not know its NetworkConfig, which belongs in its `config`"
+        )
+    return config
 
 
 def build_model(network: NetworkConfig, spec: ModelSpec) -> Model:
