@@ -14,13 +14,13 @@ from diffusers import AutoencoderKL, FlowMapEulerDiscreteScheduler
 from anystep import Model, ModelSpec, UserError, cli, sample
 from anystep.interop.diffusers import TIMESTEPS, AnyStepNetwork, AnyStepPipeline, pipeline
 from anystep.interop.vae import VAE
+from anystep.networks import build_model
 from anystep.objectives.consistency_training import ConsistencyTraining
 from anystep.objectives.diffusion import Diffusion
 from anystep.objectives.flow_matching import FlowMatching
 from anystep.objectives.live_reflow import LiveReflow
 from anystep.objectives.shortcut import Shortcut
 from anystep.share import read_source, save_pretrained
-from anystep.networks import build_model
 from conftest import SMALL, small_net
 from test_cli import refused
 from test_latents import save_vae

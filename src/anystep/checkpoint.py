@@ -109,7 +109,7 @@ def find_model(path: Path) -> Path:
     found = checkpoints(path)
     if not found:
         raise UserError(
-            f"{path} holds no model: name a run, a checkpoint, a model folder or a model on the hub"
+            f"{path} holds no model: name a run, a checkpoint, a model folder or one on the hub"
         )
     return found[-1]
 

@@ -161,7 +161,8 @@ def read_source(model: Model | Path | str) -> Source:
 @torch.no_grad()
 def check_rebuilt(model: Model, network: NetworkConfig) -> None:
     """Raise `UserError` unless config, spec and weights make the same function again."""
-    twin = build_model(network, model.spec)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        twin = build_model(network, model.spec)
     try:
         twin.net.load_state_dict(model.net.state_dict())
     except RuntimeError as error:
@@ -171,9 +172,10 @@ def check_rebuilt(model: Model, network: NetworkConfig) -> None:
     x, t = x0.to(weight), torch.full((4,), 0.5).to(weight)
     cond = None if cond is None else cond.to(weight.device)
     nets, training = (model.net.eval(), twin.net.to(weight).eval()), model.training
-    pairs = [[net(x, t, d, cond) for net in nets] for d in (torch.zeros_like(t), t)]
+    sizes = (torch.zeros_like(t), t)
+    ours, theirs = (torch.stack([net(x, t, d, cond) for d in sizes]) for net in nets)
     model.net.train(training)
-    if not all(torch.allclose(*pair, atol=1e-4, equal_nan=True) for pair in pairs):
+    if not torch.allclose(ours, theirs, atol=1e-4, equal_nan=True):
         raise UserError(
             "this network is not the one its config and spec make: build it with "
             "config.build(spec.shape, spec.num_classes, spec.finest)"

@@ -193,9 +193,9 @@ class AnyStepPipeline(DiffusionPipeline):  # type: ignore[misc]
         explain(spec, sizes, strength, guide)
         null = None if cond is None else torch.full_like(cond, spec.num_classes)
         for k, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            times = [s.expand(len(x)) * TIMESTEPS for s in (sigmas[k], ends[k])]
+            start, end = (s.expand(len(x)) * TIMESTEPS for s in (sigmas[k], ends[k]))
             w = strength if guide[k] else 1.0
-            out = guided(self.predict, x, *times, cond, guidance=w, null_cond=null)
+            out = guided(self.predict, x, start, end, cond, guidance=w, null_cond=null)
             r_timestep = 0.0 if to_end else None  # None is the next of the schedule
             x = self.scheduler.step(out, timestep, x, r_timestep=r_timestep).prev_sample
             if to_end:

@@ -54,7 +54,7 @@ def config_of(net: nn.Module) -> NetworkConfig:
     config = getattr(net, "config", None)
     if not isinstance(config, NetworkConfig):
         raise UserError(
-            f"a {type(net).__name__} does not know its NetworkConfig, which belongs in its `config`"
+            f"a {type(net).__name__} does not know its NetworkConfig: keep it as its `config`"
         )
     return config
 
