@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-pytest.importorskip("diffusers", minversion="0.42")
+pytest.importorskip("diffusers", minversion="0.39")
 
 from diffusers import AutoencoderKL, FlowMapEulerDiscreteScheduler
 
@@ -174,6 +174,8 @@ def test_labels_and_steps_that_do_not_fit(export):
     null = latents(pipe, x0, class_labels=[4] * 5)
     torch.testing.assert_close(latents(pipe, x0), ours, atol=1e-5, rtol=0)
     torch.testing.assert_close(null, ours, atol=1e-5, rtol=0)
+    same = latents(pipe, x0, class_labels=2)  # one label is everybody's
+    assert torch.equal(same, latents(pipe, x0, class_labels=[2] * 5))
 
 
 def test_another_grid_of_steps_is_warned_of(export):

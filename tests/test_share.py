@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 import anystep
 from anystep import Model, checkpoint, cli
-from anystep.card import card
+from anystep.card import card, metadata
 from anystep.errors import UserError
+from anystep.interop.hub import push
 from anystep.networks import build_model
 from anystep.objectives.flow_matching import FlowMatching
 from anystep.objectives.shortcut import Shortcut
@@ -198,15 +199,8 @@ class TestCard:
         assert data.library_name == "anystep" and "shortcut" in data.tags
         assert data.pipeline_tag == "unconditional-image-generation" and data.datasets is None
         config = {"data": {"name": "hub", "path": "owner/data: 1"}}
-        model = small_model()
-        info = {"network": {"name": "dit"}, "training": {}}
-        assert "path" not in card("x", model, info)
-        training = {"step": 1, "config": None}
-        text = card("x", model, info | {"training": training})
-        assert "## Quality" not in text
-        from anystep.card import metadata
-
-        assert 'datasets: ["owner/data: 1"]' in metadata(model.spec, config)
+        (here / "card.md").write_text(metadata(small_model().spec, config) + "\n# x\n")
+        assert hub.ModelCard.load(here / "card.md").data.datasets == ["owner/data: 1"]
 
     @pytest.mark.parametrize("num_classes", [0, 4])
     def test_its_python_runs(self, here, num_classes):
@@ -382,7 +376,7 @@ class TestHub:
             monkeypatch.setattr(hub, "create_repo", fail)
             refused(run("sample", "me/it"), "me/it is no folder here", line)
             with pytest.raises(UserError, match="cannot push to me/it: ") as caught:
-                push_to_hub(small_model("mlp"), "me/it")
+                push(here, "me/it")
             assert line in str(caught.value) and "\n" not in str(caught.value)
 
     def test_without_huggingface_hub(self, run, here, monkeypatch):

@@ -31,7 +31,7 @@ class Diffusers(Export):
             from anystep.interop.diffusers import pipeline
         except ImportError as error:
             raise UserError(
-                f"this needs a newer diffusers ({error}): pip install 'anystep[diffusers]'"
+                f"this needs diffusers 0.39 or later ({error}): pip install 'anystep[diffusers]'"
             ) from None
         out = new_folder(self.out)
         source = read_source(self.model)

@@ -125,11 +125,11 @@ class AnyStepPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Draw pictures.
 
         Args:
-            class_labels: class ids, one a picture; None is no condition.
+            class_labels: class ids, one a picture or one for all; None is no condition.
             num_inference_steps: any whole number from 1.
             guidance_scale: strength w of u_null + w (u - u_null), 1 is none; applied as
                 `anystep.sample` does, where the null label was trained and none is baked in.
-            batch_size: how many pictures, without labels and without `latents`.
+            batch_size: how many pictures, where neither labels nor `latents` say so.
             generator: of the noise; of one seed it is the noise of `torch.randn`.
             latents: the noise (B, *shape) itself.
             output_type: "pil", "np" or "pt" in [0, 1], or "latent": what the network made.
@@ -161,12 +161,15 @@ class AnyStepPipeline(DiffusionPipeline):  # type: ignore[misc]
         latents: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Noise (B, *shape), and class ids (B,) if any, on the pipeline's device."""
-        spec, device = self.transformer.spec, self._execution_device
-        cond = None if labels is None else torch.as_tensor(labels, device=device).reshape(-1)
-        if latents is None:
-            shape = (batch_size if cond is None else len(cond), *spec.shape)
-            latents = randn_tensor(shape, generator, device, self.transformer.dtype)
-        x = latents.to(device, self.transformer.dtype)
+        spec, device, dtype = self.transformer.spec, self._execution_device, self.transformer.dtype
+        cond = None if labels is None else torch.as_tensor(labels, device=device)
+        if latents is not None:
+            x = latents.to(device, dtype)
+        else:
+            n = batch_size if cond is None or cond.ndim == 0 else len(cond)
+            x = randn_tensor((n, *spec.shape), generator, device, dtype)
+        if cond is not None and cond.ndim == 0:
+            cond = cond.expand(len(x))
         check_request(spec, x, cond)
         return x, cond
 
