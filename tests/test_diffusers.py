@@ -281,7 +281,7 @@ def test_what_is_declined(tmp_path, capsys, monkeypatch):
         "predicts a velocity; this model predicts noise",
     )
     net, shape = small_net("mlp")
-    vectors = Model(net, Shortcut().spec(ModelSpec(shape=shape, num_classes=4, data="raw")))
+    vectors = Model(net, Shortcut(M=128).spec(ModelSpec(shape=shape, num_classes=4, data="raw")))
     save_pretrained(vectors, tmp_path / "vectors")
     refused(
         run("export", "diffusers", tmp_path / "vectors", tmp_path / "out"),

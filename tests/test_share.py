@@ -20,7 +20,13 @@ from anystep.networks import build_model
 from anystep.objectives.flow_matching import FlowMatching
 from anystep.objectives.shortcut import Shortcut
 from anystep.sampling import sample
-from anystep.share import from_pretrained, portable, push_to_hub, save_pretrained
+from anystep.share import (
+    from_pretrained,
+    portable,
+    push_to_hub,
+    read_source,
+    save_pretrained,
+)
 from anystep.spec import ModelSpec, VAESpec
 from conftest import SMALL, small_net
 from test_cli import SMALL as TINY
@@ -32,9 +38,9 @@ FOLDER = ["README.md", "config.json", "grid.png", "model.json", "model.safetenso
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """A run on colour pictures of two classes, three steps long, and judged."""
+    """A run on colour pictures without classes, three steps long, and judged."""
     place = tmp_path_factory.mktemp("private")
-    data = pictures(place / "data")
+    data = pictures(place / "data", n=24, classes=("",))
     args = ["train", "folder", "--data.path", data, "--data.size", "8", "12", *TINY]
     args += ["--network.patch", "4", "--steps", "3", "--out", place / "run"]
     with pytest.MonkeyPatch.context() as patch:
@@ -72,7 +78,7 @@ def small_model(kind="dit", objective=None, num_classes=4, **spec):
     return model
 
 
-def drawn(model, steps=4, n=6):
+def drawn(model, steps=32, n=6):
     x0 = torch.randn(n, *model.spec.shape, generator=torch.Generator().manual_seed(0))
     cond = torch.arange(n) % model.spec.num_classes if model.spec.num_classes else None
     return sample(model, x0, steps=steps, cond=cond)
@@ -140,6 +146,7 @@ class TestFolder:
             set(FOLDER) - {"config.json"}
         )
         other = model.net.config.build(model.spec.shape, 4)  # of M = 128, not the spec's 32
+        other.load_state_dict(model.net.state_dict())
         with pytest.raises(UserError, match=r"build\(spec.shape, spec.num_classes, spec.finest\)"):
             save_pretrained(Model(other, model.spec), "other")
         model.net.config = None
@@ -176,14 +183,13 @@ class TestCard:
         parameters = sum(p.numel() for p in checkpoint.load_model(run_folder).parameters())
         for fact in (
             "# shared\n",
-            "3x8x12 with 2 classes, trained by shortcut",
+            "3x8x12 with no classes, trained by shortcut",
             "path `data`",
             f"digest `{training['data']}`",
             f"bootstrap_share {config['objective']['bootstrap_share']}",
             "3 of 8 examples, seed 0",
             f"{parameters:,} parameters",
             f"{training['forwards']:,} forward-equivalents",
-            "none is baked in; at sampling it may be applied in 32 steps or more",
             "anystep sample shared --steps 4",
             "(grid.png)",
         ):
@@ -211,15 +217,21 @@ class TestCard:
         assert names["x1"].shape == (16, 3, 4, 6)
 
     def test_guidance_steps_and_vae_of_other_models(self):
-        info = {"network": {"name": "dit"}}
-        vae = VAESpec("owner/vae", None, "", "abc", 0.5)
-        baked = card("x", small_model(objective=Shortcut(guidance=1.5), vae=vae), info)
-        assert "1.5 is baked into step sizes 1, 1/2" in baked
+        def text(*args, **options):
+            model = small_model(*args, **options)
+            return card("x", model, read_source(model).info)
+
+        baked = text(
+            objective=Shortcut(guidance=1.5), vae=VAESpec("owner/vae", None, "", "abc", 0.5)
+        )
+        assert "1.5 is baked into step sizes 1/1, 1/2, 1/4, 1/8, 1/16;" in baked
+        assert "trained step sizes 1/1, 1/2, 1/4, 1/8, 1/16, 1/32 and less" in baked
         assert "it may be applied in 32 steps or more" in baked
         assert "`owner/vae` (weights `abc`, scale 0.5" in baked and "recorded(model" in baked
-        flow = card("x", small_model(objective=FlowMatching()), info)
-        assert "trained step sizes 0 " in flow and "--steps 128" in flow
-        free = card("x", small_model(num_classes=0), info)
+        flow = text(objective=FlowMatching())
+        assert "**steps**: 32 or more; the network is not told the step" in flow
+        assert "--steps 32" in flow and "it may be applied at any step count" in flow
+        free = text(num_classes=0)
         assert "none: there are no classes" in free and "cond=" not in free
 
     def test_a_report_of_older_weights_is_left_out(self, run_folder, here):
@@ -355,22 +367,19 @@ class TestHub:
         assert len(fake.calls) == 4 and not (here / "new").exists()
 
     def test_failures_are_one_line(self, run, here, fake, monkeypatch):
-        import httpx
-        from huggingface_hub import errors
-
-        answer = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co"))
-        for error, line in (
-            (errors.RepositoryNotFoundError("a\nb", response=answer), "there is no such model"),
-            (errors.GatedRepoError("a\nb", response=answer), "ask for access"),
-            (errors.RevisionNotFoundError("a\nb", response=answer), "no such revision"),
-            (errors.LocalEntryNotFoundError("a\nb"), "not in the cache"),
-            (errors.OfflineModeIsEnabled("a\nb"), "HF_HUB_OFFLINE"),
-            (ConnectionResetError("cut\noff"), "cut off"),
-            (RuntimeError(), "RuntimeError"),
+        errors = hub.errors
+        for kind, text, line in (
+            (errors.RepositoryNotFoundError, "a\nb", "there is no such model"),
+            (errors.GatedRepoError, "a\nb", "ask for access"),
+            (errors.RevisionNotFoundError, "a\nb", "no such revision"),
+            (errors.LocalEntryNotFoundError, "a\nb", "not in the cache"),
+            (errors.OfflineModeIsEnabled, "a\nb", "HF_HUB_OFFLINE"),
+            (ConnectionResetError, "cut\noff", "cut off"),
+            (RuntimeError, "", "RuntimeError"),
         ):
 
-            def fail(*_, error=error, **__):
-                raise error
+            def fail(*_, kind=kind, text=text, **__):
+                raise kind.__new__(kind, text)  # without the response that the hub's own want
 
             monkeypatch.setattr(hub, "snapshot_download", fail)
             monkeypatch.setattr(hub, "create_repo", fail)

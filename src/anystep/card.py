@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import anystep
+from anystep import checkpoint
 from anystep.evaluate import Row
-from anystep.registry import NAME, flatten
+from anystep.registry import NAME, flatten, from_json
 from anystep.report import save_grid, table
+from anystep.sampling import may_guide
 from anystep.spec import Model, ModelSpec
 
 CARD, GRID = "README.md", "grid.png"
@@ -58,14 +60,15 @@ def write_card(
     """Write the model card and its picture, the same noises at a few step counts.
 
     Args:
-        folder: where.
+        folder: where; its autoencoder, if it holds one, decodes the picture.
         name: what the model is called, and loaded by.
         model: the model.
         info: the content of its `model.json`.
         quality: what `anystep eval` says of it, rows of this model alone.
         usage: how to sample, in Markdown; by anystep when None.
     """
-    save_grid(folder / GRID, model, GRID_STEPS)
+    drawn = Model(model.net, checkpoint.with_own_vae(model.spec, folder))
+    save_grid(folder / GRID, drawn, GRID_STEPS)
     (folder / CARD).write_text(card(name, model, info, quality, usage))
 
 
@@ -77,8 +80,8 @@ def card(
     usage: str | None = None,
 ) -> str:
     """The model card, as Markdown under the metadata that the hub reads."""
-    spec, training = model.spec, info.get("training", {})
-    config = training.get("config") or {}
+    spec = from_json(ModelSpec, info["spec"])  # the model's own may name a folder of this machine
+    config = info["training"].get("config") or {}
     counts = ", ".join(map(str, GRID_STEPS))
     parts = [
         metadata(spec, config),
@@ -143,20 +146,29 @@ def usual_steps(spec: ModelSpec) -> int:
 def allowed(spec: ModelSpec) -> dict[str, str]:
     """What the spec says of steps, guidance and the autoencoder."""
     fewest, most = spec.claims
-    sizes = ", ".join("0" if 2**j == spec.finest else fraction(j) for j in spec.levels)
     facts = {
-        "steps": f"{fewest} {'or more' if most is None else f'to {most}'}; trained step sizes "
-        f"{sizes} (every size up to 1/{spec.finest} is asked as 0)",
+        "steps": f"{fewest} {'or more' if most is None else f'to {most}'}; {step_sizes(spec)}",
         "prediction": f"{'velocity u' if spec.predicts == 'u' else 'noise'}, "
         f"sampled by {spec.sampler}",
         "guidance": guidance(spec),
     }
     if spec.vae is not None:
+        where = f"{spec.vae.subfolder}/ here" if spec.vae.name == "." else f"`{spec.vae.name}`"
         facts["autoencoder"] = (
-            f"`{spec.vae.name}` (weights `{spec.vae.weights}`, scale {spec.vae.scale:g}, "
+            f"{where} (weights `{spec.vae.weights}`, scale {spec.vae.scale:g}, "
             f"shift {spec.vae.shift:g})"
         )
     return facts
+
+
+def step_sizes(spec: ModelSpec) -> str:
+    """What the network is told of the step, and which sizes it was trained on."""
+    if spec.step_input == "zero":
+        return "the network is not told the step"
+    if spec.step_input == "flag":
+        return f"the network is told whether the step is larger than 1/{spec.finest}"
+    sizes = [f"1/{2**j}" + (" and less" if 2**j == spec.finest else "") for j in spec.levels]
+    return f"trained step sizes {', '.join(sizes)}"
 
 
 def guidance(spec: ModelSpec) -> str:
@@ -165,21 +177,21 @@ def guidance(spec: ModelSpec) -> str:
         return "none: there are no classes"
     baked = (
         f"{spec.guidance:g} is baked into step sizes "
-        f"{', '.join(map(fraction, spec.guided_levels))}"
+        f"{', '.join(f'1/{2**j}' for j in spec.guided_levels)}"
         if spec.guided_levels
         else "none is baked in"
     )
-    free = [j for j in spec.null_levels if j not in spec.guided_levels]
+    counts = [2**j for j in range(spec.finest.bit_length())]
+    free = [n for n in counts if may_guide(spec, 1 / n)]
     if not free:
         return f"{baked}; none may be applied at sampling"
-    if [2**j for j in free] == [spec.finest]:
-        return f"{baked}; at sampling it may be applied in {spec.finest} steps or more"
-    return f"{baked}; at sampling it may be applied"
+    where = "at any step count" if free == counts else f"in {min(free)} steps or more"
+    return f"{baked}; at sampling it may be applied {where}"
 
 
 def trained(model: Model, info: Mapping[str, Any]) -> dict[str, str]:
     """Data, method with its constants, network and compute, as far as they are recorded."""
-    training = info.get("training", {})
+    training = info["training"]
     config = training.get("config") or {}
     parameters = sum(p.numel() for p in model.net.parameters())
     facts = {"network": f"{constants(info['network'])}; {parameters:,} parameters"}
@@ -228,11 +240,6 @@ def show(value: Any) -> str:
 def bullets(facts: Mapping[str, str]) -> str:
     """The facts as a list."""
     return "\n".join(f"* **{key}**: {value}" for key, value in facts.items())
-
-
-def fraction(level: int) -> str:
-    """The step size of a level."""
-    return f"1/{2**level}" if level else "1"
 
 
 def size(shape: Iterable[int]) -> str:

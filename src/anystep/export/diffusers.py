@@ -8,7 +8,7 @@ from anystep.card import sampling_with_diffusers, write_card
 from anystep.errors import UserError
 from anystep.export import Export
 from anystep.interop.vae import recorded
-from anystep.share import QUALITY, new_folder, read_source, scores_of
+from anystep.share import QUALITY, beside, new_folder, read_source, scores_of
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,15 @@ class Diffusers(Export):
         if spec.vae is None and self.vae is not None:
             raise UserError("this is no latent model: it takes no --vae")
         vae = None if spec.vae is None else recorded(spec.vae, self.vae)
-        made = pipeline(source.model, source.info, vae)
+        info = source.info if vae is None else beside(source.info)
+        made = pipeline(source.model, info, vae)
         scores = scores_of(source, out.name, self.quality)
         with checkpoint.replacing(out) as new:
             made.save_pretrained(new)
             if scores is not None:
                 checkpoint.write_json(new / QUALITY, scores)
             usage = sampling_with_diffusers(out.name, spec)
-            write_card(new, out.name, source.model, source.info, scores, usage)
+            write_card(new, out.name, source.model, info, scores, usage)
         return (
             f"next: AnyStepPipeline.from_pretrained({str(self.out)!r}), see {self.out}/README.md"
         )

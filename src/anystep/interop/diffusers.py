@@ -54,7 +54,9 @@ class AnyStepNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, network: dict[str, Any], spec: dict[str, Any]) -> None:
         super().__init__()
-        self.model = build_model(from_json(NetworkConfig, network), from_json(ModelSpec, spec))
+        model = build_model(from_json(NetworkConfig, network), from_json(ModelSpec, spec))
+        # Loading in another precision makes it the default, which fixed buffers do not follow.
+        self.model = model.to(torch.get_default_dtype())
 
     @property
     def spec(self) -> ModelSpec:
