@@ -106,8 +106,9 @@ def metadata(spec: ModelSpec, config: Mapping[str, Any]) -> str:
     if len(spec.shape) == 3:
         facts["pipeline_tag"] = "unconditional-image-generation"
     facts["tags"] = ["anystep", "few-step", *([method.replace("_", "-")] if method else [])]
-    if data.get(NAME) == "hub" and "/" in str(data.get("path")):
-        facts["datasets"] = [data["path"]]
+    path = str(data.get("path"))
+    if data.get(NAME) == "hub" and "/" in path and not Path(path).exists():  # no folder here
+        facts["datasets"] = [path]
     lines = [f"{key}: {json.dumps(value)}" for key, value in facts.items()]
     return "\n".join(["---", *lines, "---"])
 
