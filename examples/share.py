@@ -1,4 +1,4 @@
-"""From a folder of your own colour pictures to a pipeline of diffusers, in under a minute.
+"""From a folder of your own colour pictures to a pipeline of diffusers, in about a minute.
 
     python examples/share.py [PICTURES] [OUT]
 
@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from anystep import save_pretrained
-from anystep.config import LogConfig
+from anystep.config import LogConfig, OptimizerConfig
 from anystep.data.folder import Folder
 from anystep.export.diffusers import Diffusers
 from anystep.interop.diffusers import AnyStepPipeline
@@ -42,11 +42,12 @@ def main(pictures: Path, out: Path) -> None:
     config = replace(
         preset("folder"),
         data=Folder(path=pictures, size=(16, 16)),
-        network=DiTConfig(patch=4, width=48, depth=2, heads=4),
+        network=DiTConfig(patch=4, width=64, depth=3, heads=4),
+        optimizer=OptimizerConfig(lr=4e-3, betas=(0.9, 0.99), warmup=100, decay="cosine"),
         log=LogConfig(look_every=0, tensorboard=False),
         out=out / "run",
-        steps=300,
-        batch=32,
+        steps=1500,
+        batch=64,
     )
     train(config)
     save_pretrained(config.out, out / "shared")
