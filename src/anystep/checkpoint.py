@@ -4,7 +4,8 @@ A *model folder* holds `model.safetensors` (the weights to sample with) and `mod
 spec, and where they came from). A *checkpoint* is a model folder that also holds
 `training.safetensors`, everything needed to go on, in one file or, from a sharded run, in several
 (`shard-*.safetensors`). A *run* keeps its newest checkpoints under
-`checkpoints/`. Wherever a model is asked for, any of the three will do. Nothing is unpickled.
+`checkpoints/`. Wherever a model is asked for, any of the three will do, and so will the name of
+one on the Hugging Face hub, owner/name or owner/name@revision. Nothing is unpickled.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from anystep.errors import UserError
+from anystep.interop import hub
 from anystep.networks import NetworkConfig, build_model
 from anystep.registry import from_json, to_json
 from anystep.spec import Model, ModelSpec
@@ -28,6 +31,7 @@ from anystep.spec import Model, ModelSpec
 FORMAT = 1
 WEIGHTS, MODEL, TRAINING = "model.safetensors", "model.json", "training.safetensors"
 CHECKPOINTS = "checkpoints"
+VAE = "vae"  # in a model folder: the autoencoder of a latent model, if it was shared with it
 
 
 def model_info(
@@ -54,16 +58,15 @@ def save_model(folder: Path, net: nn.Module, info: Mapping[str, Any]) -> None:
 
 
 def load_model(path: Path | str, device: torch.device | str = "cpu") -> Model:
-    """The model of a model folder, a checkpoint, or a run (its newest checkpoint).
+    """The model of a model folder, a checkpoint, a run (its newest checkpoint), or the hub.
 
     Raises:
         UserError: there is no model there, or it is damaged or of a newer format.
     """
     folder = find_model(Path(path))
     info = read_info(folder)
-    model = build_model(
-        from_json(NetworkConfig, info["network"]), from_json(ModelSpec, info["spec"])
-    )
+    spec = from_json(ModelSpec, info["spec"])
+    model = build_model(from_json(NetworkConfig, info["network"]), with_own_vae(spec, folder))
     load_weights(model.net, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
     return model.to(device).eval()
 
@@ -85,17 +88,29 @@ def read_info(folder: Path) -> dict[str, Any]:
     return info
 
 
+def with_own_vae(spec: ModelSpec, folder: Path) -> ModelSpec:
+    """The spec, its VAE being the one in the model's own folder if there is one."""
+    if spec.vae is None or not (folder / VAE / "config.json").is_file():
+        return spec
+    here = replace(spec.vae, name=str(folder.absolute()), revision=None, subfolder=VAE)
+    return replace(spec, vae=here)
+
+
 def find_model(path: Path) -> Path:
-    """The model folder that `path` stands for.
+    """The model folder that `path` stands for; a model of the hub is fetched.
 
     Raises:
         UserError: there is none.
     """
+    if hub.is_name(path):
+        path = hub.fetch(path.as_posix())
     if (path / MODEL).is_file():
         return path
     found = checkpoints(path)
     if not found:
-        raise UserError(f"{path} holds no model: name a run, a checkpoint or a model folder")
+        raise UserError(
+            f"{path} holds no model: name a run, a checkpoint, a model folder or one on the hub"
+        )
     return found[-1]
 
 
@@ -193,11 +208,18 @@ def _replace(
 ) -> None:
     """Make `folder` hold just these files."""
     with replacing(folder) as new:
-        for name, state in tensors.items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, new / name)
-            sync(new / name)
-        for name, document in documents.items():
-            write_json(new / name, document)
+        write_files(new, tensors, documents)
+
+
+def write_files(
+    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]
+) -> None:
+    """Write safetensors and JSON files, name -> content."""
+    for name, state in tensors.items():
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / name)
+        sync(folder / name)
+    for name, document in documents.items():
+        write_json(folder / name, document)
 
 
 def temporary(folder: Path) -> Path:

@@ -6,7 +6,17 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import anystep
-from anystep.commands import compare, encode, evaluate, importing, info, pairs, sample, train
+from anystep.commands import (
+    compare,
+    encode,
+    evaluate,
+    export,
+    importing,
+    info,
+    pairs,
+    sample,
+    train,
+)
 from anystep.errors import UserError
 from anystep.registry import unknown
 from anystep.train import INTERRUPTED
@@ -20,6 +30,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "compare": compare.run,
     "import": importing.run,
     "info": info.run,
+    "export": export.run,
 }
 
 HELP = """usage: anystep COMMAND ...
@@ -35,6 +46,7 @@ commands (anystep COMMAND --help says more):
   compare   methods, equal compute: anystep compare digits
   import    a model of other code:  anystep import kvfrans FILE --out FOLDER
   info      what a model is:        anystep info runs/digits-shortcut
+  export    for others to use:      anystep export hub runs/digits-shortcut shared
 """
 
 

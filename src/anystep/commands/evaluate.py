@@ -14,6 +14,7 @@ from anystep.config import pick_device
 from anystep.data import DataConfig
 from anystep.errors import UserError
 from anystep.evaluate import Judge
+from anystep.interop.hub import is_name
 from anystep.metrics import TorchScriptFeatures
 from anystep.registry import from_json
 from anystep.report import write_report
@@ -24,10 +25,11 @@ class EvalArgs:
     """Judge models at each step count: a table, a plot and a grid of the same noise.
 
     Attributes:
-        models: runs, checkpoints or model folders; the first one's dataset is used.
+        models: runs, checkpoints, model folders, or owner/name on the Hugging Face hub; the
+            first one's dataset is used.
         steps: step counts; powers of two up to 128, or the model's finest, by default.
         n: samples at each step count.
-        out: folder of the report; the first model's by default.
+        out: folder of the report; the first model's by default, if it is no name on the hub.
         seed: of noise and labels.
         features: a TorchScript program (it is run!) for features instead of the dataset's
             own classifier.
@@ -54,6 +56,8 @@ def run(args: Sequence[str]) -> int:
         raise UserError(f"steps must be at least 1, not {min(request.steps)}")
     if request.n < 10:
         raise UserError("judging needs n of at least 10 samples")
+    if request.out is None and is_name(request.models[0]):
+        raise UserError(f"{request.models[0]} is no folder to write to: name one with --out")
     device = pick_device(request.device)
     models = {str(p): checkpoint.load_model(p, device) for p in request.models}
     first = request.models[0]

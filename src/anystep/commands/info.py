@@ -14,7 +14,7 @@ class InfoArgs:
     """Show what a model is and what it may be asked, as JSON.
 
     Attributes:
-        model: a run, a checkpoint or a model folder.
+        model: a run, a checkpoint, a model folder, or owner/name on the Hugging Face hub.
     """
 
     model: Where

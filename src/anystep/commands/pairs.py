@@ -14,7 +14,7 @@ class PairsArgs:
     """Make pairs of noise and sample, on which reflow trains; the same command goes on with them.
 
     Attributes:
-        model: the teacher: a run, a checkpoint or a model folder.
+        model: the teacher: a run, a checkpoint, a model folder, or owner/name on the hub.
         out: folder of the pairs.
         n: how many pairs.
         steps: sampling steps of the teacher.

@@ -24,7 +24,7 @@ class SampleArgs:
     """Draw samples from a model.
 
     Attributes:
-        model: a run, a checkpoint or a model folder.
+        model: a run, a checkpoint, a model folder, or owner/name on the Hugging Face hub.
         steps: sampling steps; any whole number from 1.
         n: how many samples.
         out: FILE.npz for arrays, FILE.png for a grid, or a folder for one PNG each. Pictures of

@@ -2,8 +2,8 @@
 
 A network config is a frozen dataclass whose `build` makes the module for the shape and classes
 of the data. A network knows its `null_label` (None when it is unconditional); `cond=None` means
-the null label for every row. What it repeats is in its `blocks`, an `nn.ModuleList`. It can
-`forget_steps`: answer every d as it answered d = 0.
+the null label for every row. What it repeats is in its `blocks`, an `nn.ModuleList`, and what it
+was built from in its `config`. It can `forget_steps`: answer every d as it answered d = 0.
 """
 
 from abc import ABC, abstractmethod
@@ -56,6 +56,20 @@ def forget_steps(net: nn.Module) -> None:
     if not callable(forget := getattr(net, "forget_steps", None)):
         raise UserError(f"a {type(net).__name__} cannot forget the size of a step")
     forget()
+
+
+def config_of(net: nn.Module) -> NetworkConfig:
+    """The config that a network was built from.
+
+    Raises:
+        UserError: the network does not know it.
+    """
+    config = getattr(net, "config", None)
+    if not isinstance(config, NetworkConfig):
+        raise UserError(
+            f"a {type(net).__name__} does not know its NetworkConfig: keep it as its `config`"
+        )
+    return config
 
 
 def build_model(network: NetworkConfig, spec: ModelSpec) -> Model:

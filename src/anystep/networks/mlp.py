@@ -40,7 +40,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: MLPConfig, size: int, num_classes: int, finest: int) -> None:
         super().__init__()
-        width = config.width
+        self.config, width = config, config.width
         self.conditioning = Conditioning(width, num_classes, finest, config.time_scale)
         self.input = nn.Linear(size, width)
         self.modulations = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(config.depth))
