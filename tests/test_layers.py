@@ -12,7 +12,7 @@ LAYERS = [
     {"networks"},
     {"sampling"},
     {"objectives"},
-    {"data", "metrics", "ema", "checkpoint", "interop", "figures", "log"},
+    {"data", "metrics", "ema", "checkpoint", "interop", "figures", "trackers", "log"},
     {
         "parallel",
         "config",
@@ -26,7 +26,7 @@ LAYERS = [
         "interpolation",
     },
     {"provenance"},
-    {"compare"},
+    {"compare", "doctor"},
     {"arguments"},
     {"commands"},
     {"cli"},

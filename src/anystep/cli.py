@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import anystep
-from anystep.commands import compare, encode, evaluate, info, pairs, sample, train
+from anystep.commands import compare, doctor, encode, evaluate, info, pairs, sample, train
 from anystep.errors import UserError
 from anystep.registry import unknown
 from anystep.train import INTERRUPTED
@@ -19,6 +19,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "eval": evaluate.run,
     "compare": compare.run,
     "info": info.run,
+    "doctor": doctor.run,
 }
 
 HELP = """usage: anystep COMMAND ...
@@ -33,6 +34,7 @@ commands (anystep COMMAND --help says more):
   eval      judge at every N:       anystep eval runs/digits-shortcut
   compare   methods, equal compute: anystep compare digits
   info      what a model is:        anystep info runs/digits-shortcut
+  doctor    silent mistakes:        anystep doctor runs/digits-shortcut
 """
 
 

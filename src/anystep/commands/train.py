@@ -28,22 +28,8 @@ def run(args: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(train_help())
         return 0 if words else 2
-    name = words.pop(0)
-    if name.startswith("-"):
-        raise UserError(f"name a preset first: anystep train {'|'.join(PRESETS)}")
-    method, teacher = take(words, "--method"), take(words, "--teacher")
     dry = "--dry-run" in words
-    words = [word for word in words if word != "--dry-run"]
-    if name.endswith(".json"):
-        if method:
-            raise UserError(f"{name} names its method itself; leave --method out")
-        start = from_json(TrainConfig, checkpoint.read_json(Path(name)))
-    else:
-        start = preset(name, method or "shortcut")
-    if teacher:
-        network = checkpoint.read_info(checkpoint.find_model(Path(teacher)))["network"]
-        start = replace(start, teacher=Path(teacher), network=from_json(NetworkConfig, network))
-    config = parse(TrainConfig, words, f"anystep train {name}", start)
+    config = configured("anystep train", [word for word in words if word != "--dry-run"])
     if dry:
         print(json.dumps(config_json(config), indent=2))
         return 0
@@ -57,6 +43,30 @@ def run(args: Sequence[str]) -> int:
     print(f"trained {config.out} in {time.perf_counter() - clock:.0f} s")
     print(f"next: anystep sample {config.out} --steps 1    anystep eval {config.out}")
     return 0
+
+
+def configured(command: str, words: Sequence[str]) -> TrainConfig:
+    """The config that a preset, or a config.json, and options name.
+
+    Args:
+        command: what messages are to call the command.
+        words: the preset or file, then options.
+    """
+    name, *words = words or ["-"]
+    if name.startswith("-"):
+        raise UserError(f"name a preset first: {command} {'|'.join(PRESETS)}")
+    method, teacher = take(words, "--method"), take(words, "--teacher")
+    if name.endswith(".json"):
+        if method:
+            raise UserError(f"{name} names its method itself; leave --method out")
+        start = from_json(TrainConfig, checkpoint.read_json(Path(name)))
+    else:
+        start = preset(name, method or "shortcut")
+    if teacher:
+        network = checkpoint.read_info(checkpoint.find_model(Path(teacher)))["network"]
+        start = replace(start, teacher=Path(teacher), network=from_json(NetworkConfig, network))
+    config: TrainConfig = parse(TrainConfig, words, f"{command} {name}", start)
+    return config
 
 
 def train_help() -> str:
