@@ -1,6 +1,6 @@
 """Rules about step sizes: which are trained, which are asked, where guidance goes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 from anystep.doctor.case import Case, rule
@@ -89,7 +89,7 @@ def asked_sizes(spec: ModelSpec, steps: int) -> list[float]:
     return [1 - t if ends else d for t, d in schedule(steps, spec)]
 
 
-def sizes(spec: ModelSpec, levels: list[float]) -> str:
+def sizes(spec: ModelSpec, levels: Sequence[float]) -> str:
     """The step sizes of levels, as 1, 1/2, 0."""
     finest = finest_level(spec.finest)
     words = ["0" if k == finest else str(Fraction(2.0**-k).limit_denominator(999)) for k in levels]
