@@ -6,6 +6,7 @@ import torch
 
 from anystep.data import seeded
 from anystep.doctor.case import Case, rule
+from anystep.spec import ModelSpec
 
 PICTURES = (0.1, 1.0)  # standard deviations of pictures in [-1, 1] that are no cause for doubt
 OTHERS = (1 / 3, 2.0)  # and of latents and vectors
@@ -19,7 +20,7 @@ def data_scale(case: Case) -> Iterator[str]:
     x = case.x1
     if x is None:
         return
-    picture, vae = case.spec.data == "[-1, 1]", case.spec.vae
+    picture = case.spec.data == "[-1, 1]"
     low, high = (float(v) for v in x.aminmax())
     std, mean = float(x.std()), float(x.mean())
     if picture and low >= 0:
@@ -31,18 +32,22 @@ def data_scale(case: Case) -> Iterator[str]:
     least, most = PICTURES if picture else OTHERS
     if least <= std <= most and abs(mean) <= most:
         return
-    remedy = (
-        "are the pixels 0..255?"
-        if picture
-        else f"subtract {mean:.3g} and divide by {std:.3g}"
-        if vae is None
-        else f"its scale, {vae.scale:.3g}, should be near {vae.scale / std:.3g} and its shift, "
-        f"{vae.shift:.3g}, near {vae.shift + mean / vae.scale:.3g}"
-    )
-    what = "pictures" if picture else "data" if vae is None else f"latents of {vae.name}"
     yield (
-        f"{what} have standard deviation {std:.3g} and mean {mean:.3g}, where {least:.2g} to "
-        f"{most:.2g} around 0 go with the noise: {remedy}"
+        f"the data have standard deviation {std:.3g} and mean {mean:.3g}, where {least:.2g} to "
+        f"{most:.2g} around 0 go with the noise: {rescaled(case.spec, std, mean)}"
+    )
+
+
+def rescaled(spec: ModelSpec, std: float, mean: float) -> str:
+    """What to do about data of this deviation and mean."""
+    vae = spec.vae
+    if spec.data == "[-1, 1]":
+        return "look whether their pixels are 0..255"
+    if vae is None:
+        return f"subtract {mean:.3g} and divide by {std:.3g}"
+    return (
+        f"the scale of {vae.name}, {vae.scale:.3g}, should be near {vae.scale / std:.3g} and its "
+        f"shift, {vae.shift:.3g}, near {vae.shift + mean / vae.scale:.3g}"
     )
 
 
