@@ -13,7 +13,7 @@ PAPER = ((1e-4, 64), (1e-4, 256))  # rate and batch, CelebA-HQ and ImageNet
 FACTOR = 2.0  # that a rate may be off
 LINES = 9  # of metrics, at least, in a phase that is judged
 RISE = 1.5  # from one third of a phase to the next
-ABOVE = 3.0  # the least there was
+ABOVE = 3.0  # the least that three lines had
 
 
 @rule
@@ -63,7 +63,7 @@ def loss_diverging(case: Case) -> Iterator[str]:
             continue
         third = len(values) // 3
         middle, last = median(values[third:-third]), median(values[-third:])
-        least = min(median(values[k : k + third]) for k in range(third, len(values) - third + 1))
+        least = min(median(values[k : k + 3]) for k in range(third, len(values) - 2))
         if last > RISE * middle or last > ABOVE * least:
             yield (
                 f"{name} rises: {last:.3g} in the last third of the "

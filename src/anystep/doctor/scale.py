@@ -8,7 +8,7 @@ from anystep.data import seeded
 from anystep.doctor.case import Case, rule
 from anystep.spec import ModelSpec
 
-PICTURES = (0.1, 1.0)  # standard deviations of pictures in [-1, 1] that are no cause for doubt
+PICTURES = (0.1, 1.1)  # standard deviations of pictures in [-1, 1] that are no cause for doubt
 OTHERS = (1 / 3, 2.0)  # and of latents and vectors
 CONSTANT = 1e-3  # a channel that varies less, compared with all of them, says nothing
 CLIPPED = 0.02  # share of true values that a bound may cut; of unit-variance latents at 4: 0.005
