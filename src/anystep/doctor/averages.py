@@ -31,10 +31,11 @@ def ema_too_slow(case: Case) -> Iterator[str]:
         span = 1 / (1 - warmed_up(decay, length - 1))
         if span * count > share * length:
             through = f", {count} times over from level to level" if count > 1 else ""
-            remedy = math.floor(1e4 * max(1 - count / (share * length), 0)) / 1e4
+            most = math.floor(1e4 * (1 - count / (share * length))) / 1e4
+            remedy = f"take {most:g} or less, or train longer" if most >= RAW else "train longer"
             yield (
                 f"{name} {decay:g} averages {span:.0f} steps{through}, of {length} in a phase: "
-                f"take {remedy:g} or less, or train longer"
+                f"{remedy}"
             )
 
 

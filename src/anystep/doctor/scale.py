@@ -45,10 +45,10 @@ def rescaled(spec: ModelSpec, std: float, mean: float) -> str:
         return "look whether their pixels are 0..255"
     if vae is None:
         return f"subtract {mean:.3g} and divide by {std:.3g}"
-    return (
-        f"the scale of {vae.name}, {vae.scale:.3g}, should be near {vae.scale / std:.3g} and its "
-        f"shift, {vae.shift:.3g}, near {vae.shift + mean / vae.scale:.3g}"
-    )
+    parts = [f"scale, {vae.scale:.3g}, should be near {vae.scale / std:.2g}"]
+    if abs(mean) > std / 2:
+        parts.append(f"shift, {vae.shift:.3g}, near {vae.shift + mean / vae.scale:.2g}")
+    return f"the VAE's {' and its '.join(parts)}"
 
 
 @rule
