@@ -213,8 +213,8 @@ class TestRates:
     def test_the_preset_of_a_run_on_pairs_is_that_of_the_data_behind_them(self):
         run = config(Reflow(), batch=64, optimizer=OptimizerConfig(lr=4e-3))
         run = replace(run, data=Pairs(Path("pairs")), network=DiTConfig())
-        assert "rate_and_batch" in found(run)
-        assert found(run, pairs={"data": {"name": "digits"}}) == {}
+        assert "rate_and_batch" in found(run, pairs={"data": {"name": "folder"}})
+        assert found(run, pairs={"data": {"name": "digits"}}) == found(run) == {}
 
     def test_no_preset_for_such_data_and_network(self):
         odd = config(network=DiTConfig(), optimizer=OptimizerConfig(lr=1.0))
@@ -236,6 +236,7 @@ class TestRates:
             lambda k: 0.001 if k < 5 else 0.2 / k,  # nothing to learn yet, then falling
             lambda k: 0.1 * (1 + 0.3 * (-1) ** k),  # noise
             lambda k: 9.0 if k == 25 else 0.1,  # one bad line
+            lambda k: 0.3 * 0.8 ** max(k - 15, 0),  # falling most at the end
         ):
             assert found(config(steps=3000), metrics=lines(level)) == {}
         assert found(config(), metrics=lines(lambda k: float(k), n=8)) == {}  # too few to say
@@ -298,7 +299,7 @@ class TestCommand:
             line["loss/flow"] = 50.0
         (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in worse))
         code, text, _ = run("doctor", out)
-        assert code == 1 and text.startswith("loss_diverging: loss/flow rises: 50 in")
+        assert code == 1 and text.startswith("loss_diverging: loss/flow rises: 50 at")
 
     def test_data_that_are_gone_leave_the_other_rules(self, run, tmp_path):
         np.save(tmp_path / "x.npy", vectors().numpy())

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from statistics import median
 
 from anystep.config import TrainConfig
+from anystep.data.pairs import Pairs
 from anystep.doctor.case import Case, rule
 from anystep.presets import PRESETS
 from anystep.registry import name_of
@@ -36,8 +37,12 @@ def rate_and_batch(case: Case) -> Iterator[str]:
 
 
 def alike(case: Case) -> Iterator[TrainConfig]:
-    """The presets for such data and such a network."""
-    sources = [name_of(case.config.data), (case.pairs or {}).get("data", {}).get("name")]
+    """The presets for such data, or those behind its pairs, and such a network."""
+    sources = [name_of(case.config.data)]
+    if isinstance(case.config.data, Pairs):
+        if case.pairs is None:
+            return
+        sources.append(case.pairs["data"]["name"])
     for make in PRESETS.values():
         preset = make(case.config.objective)
         same = name_of(preset.network) == name_of(case.config.network)
@@ -63,10 +68,11 @@ def loss_diverging(case: Case) -> Iterator[str]:
             continue
         third = len(values) // 3
         middle, last = median(values[third:-third]), median(values[-third:])
-        least = min(median(values[k : k + 3]) for k in range(third, len(values) - 2))
-        if last > RISE * middle or last > ABOVE * least:
+        smooth = [median(values[k : k + 3]) for k in range(third, len(values) - 2)]
+        least, end = min(smooth), smooth[-1]
+        if last > RISE * middle or end > ABOVE * least:
             yield (
-                f"{name} rises: {last:.3g} in the last third of the "
+                f"{name} rises: {end:.3g} at the end, {last:.3g} in the last third of the "
                 f"{'run' if case.config.objective.phases == 1 else 'phase'}, {middle:.3g} before, "
                 f"{least:.3g} at least: lower --optimizer.lr, or raise --optimizer.weight-decay"
             )
