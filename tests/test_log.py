@@ -128,9 +128,8 @@ def test_a_missing_library_is_told_before_anything_is_done(tmp_path, monkeypatch
         args = ["train", "mixture", "--log.trackers", "tensorboard", name]
         assert cli.main([*args, "--out", str(tmp_path / "run")]) == 2
         error = capsys.readouterr().err
-        assert error == (
-            f"anystep: the tracker {name} is not installed: pip install 'anystep[{name}]'\n"
-        )
+        assert error.startswith(f"anystep: the tracker {name} cannot be imported (")
+        assert error.endswith(f"): pip install 'anystep[{name}]'\n") and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -139,7 +138,7 @@ def test_a_folder_called_wandb_is_not_the_library(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     try:
-        with pytest.raises(UserError, match="not installed"):
+        with pytest.raises(UserError, match="wandb is a folder here"):
             training.train(config(tmp_path / "run", "wandb"), bar=False)
     finally:
         sys.modules.pop("wandb", None)

@@ -106,13 +106,14 @@ def own_run(name: str, run: Path, project: str, config: Mapping[str, Any]) -> Tr
 
 def library(name: str) -> Any:
     """The module of a tracker."""
-    missing = f"the tracker {name} is not installed: pip install 'anystep[{name}]'"
     try:
         module = importlib.import_module(name)
-    except ImportError:
-        raise UserError(missing) from None
-    if not hasattr(module, "init"):  # a folder of that name, as wandb makes one, is no library
-        raise UserError(missing)
+        if not hasattr(module, "init"):  # wandb leaves a folder of its name where it is used
+            raise ImportError(f"{name} is a folder here")
+    except ImportError as error:
+        raise UserError(
+            f"the tracker {name} cannot be imported ({error}): pip install 'anystep[{name}]'"
+        ) from None
     return module
 
 
