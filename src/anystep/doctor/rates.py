@@ -57,11 +57,10 @@ def loss_diverging(case: Case) -> Iterator[str]:
     Lines of the last phase alone are compared: a new phase has a task of its own. The first third
     does not count, for a level has nothing to learn before the one below it has learnt something.
     """
-    lines = [line for line in case.metrics if "loss" in line]
-    if not lines:
+    if not case.metrics:
         return
-    first, _ = case.config.phase(min(lines[-1]["step"], case.config.steps) - 1)
-    lines = [line for line in lines if line["step"] > first]
+    first, _ = case.config.phase(min(case.metrics[-1]["step"], case.config.steps) - 1)
+    lines = [line for line in case.metrics if line["step"] > first]
     for name in sorted({key for line in lines for key in line if key.startswith("loss/")}):
         values = [float(line[name]) for line in lines if name in line]
         if len(values) < LINES:
