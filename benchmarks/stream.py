@@ -82,7 +82,7 @@ def config(folder: Path, kind: str, steps: int) -> TrainConfig:
         shards(Shortcut()),
         data=data,
         network=DiTConfig(patch=8, width=96, depth=4, heads=4),
-        log=LogConfig(every=1, save_every=10**9, tensorboard=False),
+        log=LogConfig(every=1, save_every=10**9, trackers=()),
         steps=steps,
         batch=64,
         device="cpu",

@@ -16,7 +16,7 @@ from anystep.spec import ModelSpec
 
 SMALL = [
     *("--network.width", "16", "--network.depth", "1", "--network.heads", "2", "--batch", "8"),
-    *("--log.look-every", "0", "--log.no-tensorboard", "--device", "cpu"),
+    *("--log.look-every", "0", "--log.trackers", "--device", "cpu"),
 ]
 
 

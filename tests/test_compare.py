@@ -28,7 +28,7 @@ def base():
         network=MLPConfig(width=16, depth=1),
         objective=Shortcut(),
         optimizer=OptimizerConfig(lr=1e-2, warmup=3, decay="cosine"),
-        log=LogConfig(tensorboard=False),
+        log=LogConfig(trackers=()),
         batch=64,
         device="cpu",
     )

@@ -421,7 +421,7 @@ def test_judging_reads_no_more_than_it_needs(pictures, vae_folder, tmp_path, mon
 
 TINY = [
     *("--network.width", "16", "--network.depth", "1", "--network.heads", "2", "--batch", "8"),
-    *("--log.no-tensorboard", "--device", "cpu", "--steps", "3", "--log.look-every", "0"),
+    *("--log.trackers", "--device", "cpu", "--steps", "3", "--log.look-every", "0"),
 ]
 
 

@@ -12,7 +12,7 @@ LAYERS = [
     {"networks"},
     {"sampling"},
     {"objectives"},
-    {"data", "metrics", "ema", "checkpoint", "interop", "figures", "log"},
+    {"data", "metrics", "ema", "checkpoint", "interop", "figures", "trackers", "log"},
     {
         "parallel",
         "config",
@@ -28,7 +28,7 @@ LAYERS = [
     {"provenance"},
     {"card"},
     {"share"},
-    {"compare"},
+    {"compare", "doctor"},
     {"arguments"},
     {"export"},
     {"commands"},

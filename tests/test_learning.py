@@ -25,7 +25,7 @@ def one_step_distance(objective, out, cost):
     config = replace(
         mixture(objective), out=out, steps=round(STEPS / cost), batch=256, device="cpu"
     )
-    config = replace(config, log=replace(config.log, tensorboard=False))
+    config = replace(config, log=replace(config.log, trackers=()))
     train(config, bar=False)
     model = checkpoint.load_model(out)
     x0, _ = draw(model.spec, 4000, torch.Generator().manual_seed(1))

@@ -391,7 +391,7 @@ def refused(result, *fragments):
         assert fragment in lines[0]
 
 
-FEW = ("--steps", 3, "--batch", 16, "--device", "cpu", "--log.no-tensorboard")
+FEW = ("--steps", 3, "--batch", 16, "--device", "cpu", "--log.trackers")
 
 
 def test_from_a_teacher_to_a_student_that_is_judged_by_the_teachers_data(run, tmp_path):

@@ -45,7 +45,7 @@ def config(out, **changes):
         network=MLPConfig(width=16, depth=2),
         objective=Shortcut(),
         optimizer=OptimizerConfig(lr=1e-3, warmup=3),
-        log=LogConfig(every=5, save_every=10, keep=9, tensorboard=False),
+        log=LogConfig(every=5, save_every=10, keep=9, trackers=()),
         out=out,
         steps=STEPS,
         batch=61,  # odd: shares of two and three processes are uneven

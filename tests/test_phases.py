@@ -34,7 +34,7 @@ def config(out, objective, **changes):
         network=MLPConfig(width=16, depth=1),
         objective=objective,
         optimizer=OptimizerConfig(lr=3e-3, warmup=2, decay="cosine"),
-        log=LogConfig(every=1, save_every=4, keep=100, tensorboard=False),
+        log=LogConfig(every=1, save_every=4, keep=100, trackers=()),
         out=out,
         steps=STEPS,
         batch=32,

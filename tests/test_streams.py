@@ -269,7 +269,7 @@ RUN += [
     "--data.held-out",
     "3",
 ]
-RUN += ["--data.size", "8", "8", "--data.buffer", "5", "--steps", "11", "--log.no-tensorboard"]
+RUN += ["--data.size", "8", "8", "--data.buffer", "5", "--steps", "11", "--log.trackers"]
 
 
 def command(made, kind, out):
@@ -398,7 +398,7 @@ def training_config(data, out):
         data=data,
         network=DiTConfig(patch=2, width=16, depth=1, heads=2),
         objective=Shortcut(),
-        log=LogConfig(look_every=0, tensorboard=False),
+        log=LogConfig(look_every=0, trackers=()),
         out=out,
         steps=12,
         batch=5,

@@ -33,7 +33,7 @@ def config(out, **changes):
         network=MLPConfig(width=16, depth=1),
         objective=Shortcut(),
         optimizer=OptimizerConfig(lr=1e-3, warmup=3, decay="cosine"),
-        log=LogConfig(every=4, save_every=5, tensorboard=False),
+        log=LogConfig(every=4, save_every=5, trackers=()),
         out=out,
         steps=23,
         batch=60,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import anystep
 from anystep.commands import (
     compare,
+    doctor,
     encode,
     evaluate,
     export,
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "import": importing.run,
     "info": info.run,
     "export": export.run,
+    "doctor": doctor.run,
 }
 
 HELP = """usage: anystep COMMAND ...
@@ -47,6 +49,7 @@ commands (anystep COMMAND --help says more):
   import    a model of other code:  anystep import kvfrans FILE --out FOLDER
   info      what a model is:        anystep info runs/digits-shortcut
   export    for others to use:      anystep export hub runs/digits-shortcut shared
+  doctor    silent mistakes:        anystep doctor runs/digits-shortcut
 """
 
 

@@ -12,6 +12,7 @@ from anystep.errors import UserError
 from anystep.networks import NetworkConfig
 from anystep.objectives import Objective
 from anystep.registry import differences, to_json
+from anystep.trackers import TrackerName
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ class LogConfig:
         look_every: steps between sample grids and few-step scores; 0 is never.
         look_steps: the step counts of those grids and scores.
         look_samples: samples scored at each step count.
-        tensorboard: also write TensorBoard events, if tensorboard is installed.
+        trackers: what else is given the metrics; tensorboard writes to the run's folder, where
+            it is installed.
+        project: what wandb and trackio call the project.
     """
 
     every: int = 50
@@ -73,7 +76,8 @@ class LogConfig:
     look_every: int = 0
     look_steps: tuple[int, ...] = (1, 4, 32)
     look_samples: int = 512
-    tensorboard: bool = True
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    project: str = "anystep"
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.save_every < 1 or self.keep < 1:
@@ -82,6 +86,14 @@ class LogConfig:
             raise UserError("log.look_every must be at least 0 and log.look_samples at least 4")
         if not self.look_steps or min(self.look_steps) < 1:
             raise UserError(f"log.look_steps must be step counts from 1, not {self.look_steps}")
+
+    @staticmethod
+    def upgrade(data: dict[str, Any]) -> dict[str, Any]:
+        """JSON of an earlier version in today's fields: `tensorboard` was true or false."""
+        if "tensorboard" not in data:
+            return data
+        rest = {key: value for key, value in data.items() if key != "tensorboard"}
+        return {"trackers": ["tensorboard"] if data["tensorboard"] else []} | rest
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
-"""Metrics of a run: JSON lines, and TensorBoard events where tensorboard is installed."""
+"""Metrics of a run: JSON lines in its folder, and whatever else follows it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
+
+from anystep.trackers import Tracker
 
 
 class MetricsLog:
@@ -13,12 +15,12 @@ class MetricsLog:
     Args:
         path: the file, `metrics.jsonl`; None writes nothing.
         step: the step from which the run goes on; 0 for a new one.
-        tensorboard: also write events to `tensorboard/` beside the file.
+        trackers: they are given the same metrics, and finished at the end.
     """
 
-    def __init__(self, path: Path | None, step: int, tensorboard: bool = False) -> None:
+    def __init__(self, path: Path | None, step: int, trackers: Sequence[Tracker] = ()) -> None:
         self.file: TextIO | None = None
-        self.events: Any = None
+        self.trackers = trackers
         if path is None:
             return
         kept = [line for line in read_metrics(path) if line["step"] <= step]
@@ -26,22 +28,14 @@ class MetricsLog:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(path)
         self.file = path.open("a")
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                return
-            folder = path.parent / "tensorboard"
-            self.events = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line, and one event a metric."""
+        """One line, and the same to every tracker."""
         if self.file is not None:
             self.file.write(json.dumps({"step": step, **metrics}) + "\n")
             self.file.flush()
-        if self.events is not None:
-            for name, value in metrics.items():
-                self.events.add_scalar(name, value, step)
+        for tracker in self.trackers:
+            tracker.log(dict(metrics), step=step)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -54,8 +48,8 @@ class MetricsLog:
     ) -> None:
         if self.file is not None:
             self.file.close()
-        if self.events is not None:
-            self.events.close()
+        for tracker in self.trackers:
+            tracker.finish()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

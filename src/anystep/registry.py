@@ -73,7 +73,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(cls: Any, data: Mapping[str, Any]) -> Any:
-    """Rebuild a dataclass written by `to_json`.
+    """Rebuild a dataclass written by `to_json`; its `upgrade`, if any, knows earlier versions.
 
     Raises:
         UserError: a field is unknown (the nearest name is suggested) or missing.
@@ -83,6 +83,8 @@ def from_json(cls: Any, data: Mapping[str, Any]) -> Any:
     kind, data = cls, dict(data)
     if hasattr(cls, "PACKAGE"):
         kind = find(cls.PACKAGE, str(data.pop(NAME, "")))
+    if hasattr(kind, "upgrade"):
+        data = kind.upgrade(data)
     hints = typing.get_type_hints(kind)
     fields = {f.name for f in dataclasses.fields(kind)}
     for key in data:

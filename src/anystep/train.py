@@ -29,6 +29,7 @@ from anystep.registry import name_of
 from anystep.report import Look
 from anystep.spec import Model
 from anystep.state import State, initial_state, load_teacher, save
+from anystep.trackers import check_trackers, start_trackers
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -53,6 +54,7 @@ def train(config: TrainConfig, *, bar: bool = True) -> bool:
         UserError: bad data or config, a config that differs from the run's, or a loss that is
             not finite; the message says what to do and the last checkpoint is intact.
     """
+    check_trackers(config.log.trackers)
     device = pick_device(config.device)
     shard_dtype = torch.bfloat16 if low_precision(config, device) else None
     with parallel.joined(config.parallel, device, shard_dtype) as processes:
@@ -83,11 +85,10 @@ def train_together(
     reference = config.data.reference(splits) if config.log.look_every else None
     look = Look(config.log, reference, config.out if processes.first else None, device)
     average = Model(processes.share(state.average), state.model.spec)
-    metrics_file = config.out / METRICS if processes.first else None
     history: list[dict[str, Tensor]] = []
     with (
         interruptible() as stop,
-        MetricsLog(metrics_file, state.step, config.log.tensorboard) as log,
+        open_log(config, state.step, processes.first) as log,
         progress_bar(config, state.step, bar and processes.first) as progress,
         ThreadPoolExecutor(1) as reader,  # reads a step ahead
     ):
@@ -175,6 +176,16 @@ def open_run(config: TrainConfig) -> None:
             )
     config.out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(path, new)
+
+
+def open_log(config: TrainConfig, step: int, first: bool) -> MetricsLog:
+    """The log of a run that goes on from `step`; of the processes of a run, the first one's."""
+    if not first:
+        return MetricsLog(None, step)
+    trackers = start_trackers(
+        config.log.trackers, config.out, step, config.log.project, config_json(config)
+    )
+    return MetricsLog(config.out / METRICS, step, trackers)
 
 
 def load_batch(

@@ -30,13 +30,35 @@ def run(args: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(train_help())
         return 0 if words else 2
-    name = words.pop(0)
+    dry = "--dry-run" in words
+    config = configured("anystep train", [word for word in words if word != "--dry-run"])
+    if dry:
+        print(json.dumps(config_json(config), indent=2))
+        return 0
+    clock = time.perf_counter()
+    finished = train(config)
+    if parallel.rank() != 0:
+        return 0 if finished else INTERRUPTED
+    if not finished:
+        print(f"interrupted; the run is saved: the same command goes on with it ({config.out})")
+        return INTERRUPTED
+    print(f"trained {config.out} in {time.perf_counter() - clock:.0f} s")
+    print(f"next: anystep sample {config.out} --steps 1    anystep eval {config.out}")
+    return 0
+
+
+def configured(command: str, words: Sequence[str]) -> TrainConfig:
+    """The config that a preset, or a config.json, and options name.
+
+    Args:
+        command: what messages are to call the command.
+        words: the preset or file, then options.
+    """
+    name, *words = words or ["-"]
     if name.startswith("-"):
-        raise UserError(f"name a preset first: anystep train {'|'.join(PRESETS)}")
+        raise UserError(f"name a preset first: {command} {'|'.join(PRESETS)}")
     method = take(words, "--method")
     givers = {role: take(words, f"--{role}") for role in ("teacher", "start")}
-    dry = "--dry-run" in words
-    words = [word for word in words if word != "--dry-run"]
     if name.endswith(".json"):
         if method:
             raise UserError(f"{name} names its method itself; leave --method out")
@@ -51,20 +73,8 @@ def run(args: Sequence[str]) -> int:
             if role == "start":  # not the folder of a run that starts from nothing
                 out = base.out.with_name(f"{base.out.name}-from-{Path(path).name}")
                 base = replace(base, out=out)
-    config = parse(TrainConfig, words, f"anystep train {name}", base)
-    if dry:
-        print(json.dumps(config_json(config), indent=2))
-        return 0
-    clock = time.perf_counter()
-    finished = train(config)
-    if parallel.rank() != 0:
-        return 0 if finished else INTERRUPTED
-    if not finished:
-        print(f"interrupted; the run is saved: the same command goes on with it ({config.out})")
-        return INTERRUPTED
-    print(f"trained {config.out} in {time.perf_counter() - clock:.0f} s")
-    print(f"next: anystep sample {config.out} --steps 1    anystep eval {config.out}")
-    return 0
+    config: TrainConfig = parse(TrainConfig, words, f"{command} {name}", base)
+    return config
 
 
 def train_help() -> str:

@@ -24,7 +24,7 @@ def with_steps(config: TrainConfig, budget: int, looks: int) -> TrainConfig:
         config.log,
         look_every=max(steps // looks, 1) if looks else 0,
         look_steps=(1, 4),
-        tensorboard=False,
+        trackers=(),
     )
     return replace(config, steps=steps, log=log)
 
