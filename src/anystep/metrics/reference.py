@@ -7,8 +7,8 @@ A reference is an .npz file in one of two layouts:
 
 Files of the ADM evaluation hold both; the first is used then. A distance is an FID only in the
 features of the Inception network of Heusel et al. on whole numbers 0..255. Here it is known by
-the SHA-256 of the TorchScript file that StyleGAN, EDM and clean-fid use; in any other features
-the number is called a Fréchet distance.
+the SHA-256 of the TorchScript file that StyleGAN2-ADA and clean-fid use; in any other features the
+number is called a Fréchet distance.
 """
 
 import zipfile
