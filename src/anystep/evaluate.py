@@ -32,6 +32,7 @@ from anystep.metrics import (
     train_classifier,
     variance_ratio,
 )
+from anystep.metrics.quoted import Quoted
 from anystep.sampling import STOCHASTIC, draw, may_guide, sample
 from anystep.spec import Model, Sampler
 
@@ -60,7 +61,8 @@ class Row:
         model: its name; `REAL` for held-out data.
         steps: sampling steps; 0 for data.
         guidance: strength of the guidance at sampling; 1 is none.
-        scores: metric -> value; the metrics are the keys of `COLUMNS`.
+        scores: metric -> value; the metrics are the keys of `COLUMNS`, and the names of those
+            that are quoted.
     """
 
     model: str
@@ -87,6 +89,7 @@ class Judge:
         features: None for the dataset's own (see the module's docstring).
         cache: folder for trained classifiers; the user's cache when None.
         device: where a classifier runs.
+        quoted: scores that are quoted against other people's, beside the others.
     """
 
     def __init__(
@@ -95,8 +98,9 @@ class Judge:
         features: Features | None = None,
         cache: Path | None = None,
         device: torch.device | str = "cpu",
+        quoted: Sequence[Quoted] = (),
     ) -> None:
-        self.splits = splits
+        self.splits, self.quoted = splits, tuple(quoted)
         self.size = min(len(splits.train), REFERENCE)
         self.pixels = slice(0, min(self.size, max(PIXELS // math.prod(splits.train.shape), 2)))
         self.x, self.labels = splits.train.batch(self.pixels)
@@ -154,6 +158,8 @@ class Judge:
             add("memorisation", lambda: memorisation(x, self.x, held_out).ratio)
         if x.ndim == 2:
             add("sliced", lambda: self.distance(x))
+        for score in self.quoted:
+            scores |= score(x, features)
         return scores
 
     def floor(self, n: int | None = None) -> Row | None:

@@ -20,8 +20,9 @@ from anystep.spec import Model
 
 def table(rows: Sequence[Row], gaps: dict[str, float], notes: Sequence[str]) -> str:
     """The scores as Markdown."""
-    used = [k for k in COLUMNS if any(k in row.scores for row in rows)]
-    head = ["model", "steps", *(COLUMNS[k] for k in used)]
+    found = dict.fromkeys(k for row in rows for k in row.scores)
+    used = [k for k in COLUMNS if k in found] + [k for k in found if k not in COLUMNS]
+    head = ["model", "steps", *(COLUMNS.get(k, k) for k in used)]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in rows:
         steps = "" if not row.steps else str(row.steps)
@@ -57,6 +58,7 @@ def write_report(
         f"{n} samples (seed {seed}) against {judge.size} training examples; "
         f"{REAL}: {len(judge.splits.held_out)} held-out examples.",
         f"Features: {judge.features.name}.",
+        *(score.note for score in judge.quoted),
     ]
     if judge.classifier is not None:
         notes.append(f"Classifier accuracy on held-out data: {judge.classifier.accuracy:.4f}.")

@@ -6,16 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 
 from anystep import checkpoint
 from anystep.arguments import check_folder, parse
 from anystep.config import pick_device
-from anystep.data import DataConfig
+from anystep.data import DataConfig, Splits
 from anystep.errors import UserError
 from anystep.evaluate import Judge
 from anystep.interop.hub import is_name
 from anystep.metrics import TorchScriptFeatures
+from anystep.metrics.fidelity import Fidelity
+from anystep.metrics.quoted import Quoted
+from anystep.metrics.reference import read_reference
 from anystep.registry import from_json
 from anystep.report import write_report
 
@@ -33,6 +37,9 @@ class EvalArgs:
         seed: of noise and labels.
         features: a TorchScript program (it is run!) for features instead of the dataset's
             own classifier.
+        reference: FILE.npz of published statistics in those features (mu and sigma), or of
+            pictures (arr_0): the Fréchet distance to it is added.
+        fidelity: add FID, KID and IS by torch-fidelity, against the training pictures.
         data: where the dataset's files are, if they have moved.
         device: auto, cpu or cuda.
     """
@@ -43,6 +50,8 @@ class EvalArgs:
     out: Path | None = None
     seed: int = 0
     features: Path | None = None
+    reference: Path | None = None
+    fidelity: bool = False
     data: Path | None = None
     device: str = "auto"
 
@@ -54,6 +63,8 @@ def run(args: Sequence[str]) -> int:
         raise UserError("name at least one run, checkpoint or model folder")
     if any(n < 1 for n in request.steps):
         raise UserError(f"steps must be at least 1, not {min(request.steps)}")
+    if request.reference and not request.features:
+        raise UserError("--reference needs --features FILE: the network whose statistics it holds")
     if request.n < 10:
         raise UserError("judging needs n of at least 10 samples")
     if request.out is None and is_name(request.models[0]):
@@ -77,9 +88,27 @@ def run(args: Sequence[str]) -> int:
     features = request.features and TorchScriptFeatures(request.features, device=device)
     finest = max(model.spec.finest for model in models.values())
     steps = request.steps or tuple(2**k for k in range(max(finest, 128).bit_length()))
-    judge = Judge(data.reference(splits), features, device=device)
+    reference = data.reference(splits)
+    quoted = quoted_scores(request, reference, features, device)
+    judge = Judge(reference, features, device=device, quoted=quoted)
     files = write_report(out, models, judge, steps=steps, n=request.n, seed=request.seed)
     print(files["table"].read_text())
     for what, path in files.items():
         print(f"{what}: {path}")
     return 0
+
+
+def quoted_scores(
+    request: EvalArgs,
+    splits: Splits,
+    features: TorchScriptFeatures | None,
+    device: torch.device,
+) -> list[Quoted]:
+    """The scores asked for that are quoted against other people's."""
+    found: list[Quoted] = []
+    if request.reference and features:
+        example = splits.train.batch(slice(0, 1))[0][0]
+        found.append(read_reference(request.reference, features, example))
+    if request.fidelity:
+        found.append(Fidelity(splits.train, device))
+    return found

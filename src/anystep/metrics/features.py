@@ -9,6 +9,7 @@ Any callable that maps examples in the model's scale to one vector each will do.
 Distances in different features are different quantities: say which, by `name`, next to them.
 """
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,6 +42,9 @@ class TorchScriptFeatures:
     argument `return_features`: a program with that argument is called with it set, and fed
     uint8 unless told otherwise.
 
+    Attributes:
+        digest: the SHA-256 of the file.
+
     Args:
         path: the file.
         size: resize the images to `size` x `size` first; None leaves that to the program.
@@ -65,6 +69,7 @@ class TorchScriptFeatures:
         self.path, self.size, self.rgb = Path(path), size, rgb
         self._device = torch.device(device)
         self._program = _load_program(self.path, self._device)
+        self.digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
         arguments = self._program.forward.schema.arguments
         named = any(argument.name == "return_features" for argument in arguments)
         self._options = {"return_features": True} if named else {}
@@ -72,8 +77,13 @@ class TorchScriptFeatures:
 
     @property
     def name(self) -> str:
-        """What the features are, in a few words."""
-        return f"TorchScript program {self.path.name}"
+        """What the features are: the file, and what is done to the images it is given."""
+        resized = f"resized to {self.size} x {self.size}" if self.size else "not resized"
+        rounded = "rounded to uint8" if self.uint8 else "floats in [-1, 1]"
+        return (
+            f"TorchScript program {self.path.name} (SHA-256 {self.digest}; images {resized} "
+            f"before it, {rounded})"
+        )
 
     def __call__(self, x1: Tensor) -> Tensor:
         """Features (N, D) of images (N, C, H, W) in [-1, 1].
@@ -100,9 +110,18 @@ class TorchScriptFeatures:
         if self.size is not None:
             size = (self.size, self.size)
             x1 = F.interpolate(x1, size, mode="bilinear", antialias=True)
-        if self.rgb and x1.shape[1] == 1:
-            x1 = x1.repeat(1, 3, 1, 1)
-        return (x1 * 127.5 + 127.5).round().clamp(0, 255).byte() if self.uint8 else x1
+        x1 = in_colour(x1) if self.rgb else x1
+        return to_uint8(x1) if self.uint8 else x1
+
+
+def in_colour(x1: Tensor) -> Tensor:
+    """Grey images (N, 1, H, W) as three equal channels; others unchanged."""
+    return x1.repeat(1, 3, 1, 1) if x1.shape[1] == 1 else x1
+
+
+def to_uint8(x1: Tensor) -> Tensor:
+    """Images in [-1, 1] as whole numbers 0..255."""
+    return (x1 * 127.5 + 127.5).round().clamp(0, 255).byte()
 
 
 def _load_program(path: Path, device: torch.device) -> Any:
