@@ -74,7 +74,7 @@ def runs(args: argparse.Namespace, seed: int) -> dict[str, TrainConfig]:
     def base(name: str, objective: Objective) -> TrainConfig:
         config = digits(objective)
         out = args.runs / f"{name.replace(', ', '-')}-seed{seed}"
-        log = replace(config.log, look_every=0, tensorboard=False)
+        log = replace(config.log, look_every=0, trackers=())
         return replace(config, out=out, seed=seed, log=log, device=args.device)
 
     flow = replace(base(FLOW, FlowMatching()), steps=args.steps)

@@ -44,7 +44,7 @@ def main(pictures: Path, out: Path) -> None:
         data=Folder(path=pictures, size=(16, 16)),
         network=DiTConfig(patch=4, width=64, depth=3, heads=4),
         optimizer=OptimizerConfig(lr=4e-3, betas=(0.9, 0.99), warmup=100, decay="cosine"),
-        log=LogConfig(look_every=0, tensorboard=False),
+        log=LogConfig(look_every=0, trackers=()),
         out=out / "run",
         steps=1500,
         batch=64,

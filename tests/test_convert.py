@@ -74,7 +74,7 @@ def flow_run(folder, objective=None, **changes):
     config = mixture(objective or FlowMatching())
     config = replace(config, out=folder, steps=8, batch=16, device="cpu", **changes)
     config = replace(config, network=MLPConfig(width=16, depth=2))
-    config = replace(config, log=replace(config.log, tensorboard=False))
+    config = replace(config, log=replace(config.log, trackers=()))
     train(config, bar=False)
     return config
 
@@ -353,7 +353,7 @@ def test_a_transformer_of_diffusers_is_the_same_function(transformer, tmp_path, 
 def test_our_trainer_makes_a_shortcut_model_of_it(transformer, tmp_path):
     flow = imported(tmp_path)
     args = ["train", "digits", "--start", tmp_path / "model", "--steps", "3", "--batch", "16"]
-    args += ["--log.look-every", "0", "--log.no-tensorboard", "--device", "cpu"]
+    args += ["--log.look-every", "0", "--log.trackers", "--device", "cpu"]
     args += ["--out", tmp_path / "tuned"]
     assert cli.main([str(a) for a in args]) == 0
     tuned = checkpoint.load_model(tmp_path / "tuned")

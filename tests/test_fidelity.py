@@ -302,7 +302,7 @@ def run(tmp_path, program, capsys, monkeypatch):
     np.savez(tmp_path / "data.npz", x=np.moveaxis(pictures(60), -1, 1))
     shape = ["--network.patch", "2", "--network.width", "8", "--network.depth", "1"]
     train = ["train", "arrays", "--data.path", str(tmp_path / "data.npz"), "--steps", "1"]
-    rest = ["--network.heads", "2", "--batch", "8", "--device", "cpu", "--log.no-tensorboard"]
+    rest = ["--network.heads", "2", "--batch", "8", "--device", "cpu", "--log.trackers"]
     assert main([*train, *shape, *rest, "--out", str(tmp_path / "run")]) == 0
     capsys.readouterr()
 
