@@ -22,10 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -205,10 +201,21 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], *, merge: bool = Fals
         tensors: all processes name the same.
         merge: make one file of them.
     """
-    writer = HuggingFaceStorageWriter(
+    writer = storage().HuggingFaceStorageWriter(
         str(folder), save_distributed=True, enable_consolidation=merge
     )
     save(dict(tensors), storage_writer=writer)
+
+
+def storage() -> Any:
+    """The module of torch that reads and writes shards as safetensors, which 2.7 lacks."""
+    try:
+        from torch.distributed.checkpoint import hf_storage
+    except ImportError:
+        raise UserError(
+            "sharded checkpoints need torch 2.8 or newer; use --parallel ddp"
+        ) from None
+    return hf_storage
 
 
 def read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -219,10 +226,11 @@ def read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         UserError: a file or tensor is missing, damaged or of another shape.
     """
+    reader = storage().HuggingFaceStorageReader(str(folder))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is")  # one process may read alone
-            load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
+            load(dict(tensors), storage_reader=reader)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         line = " ".join(str(cause).split())
