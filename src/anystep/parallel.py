@@ -25,7 +25,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -172,7 +174,8 @@ def joined(
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     outermost = not dist.is_initialized()
     if outermost:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=fresh_store(), rank=rank(), world_size=count)
     mesh = None
     if kind == "fsdp":
         mesh = init_device_mesh(device.type, (count,))
@@ -186,6 +189,15 @@ def joined(
     dist.barrier()
     if outermost:
         dist.destroy_process_group()
+
+
+def fresh_store() -> PrefixStore:
+    """The store of torchrun, without what processes before a restart left there.
+
+    Their addresses are found otherwise, and the first restart fails (torch 2.13).
+    """
+    store, _, _ = next(rendezvous("env://"))
+    return PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
 def whole(tensor: Tensor) -> Tensor:
