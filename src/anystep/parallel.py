@@ -22,14 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -176,7 +174,8 @@ def joined(
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     outermost = not dist.is_initialized()
     if outermost:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=fresh_store(), rank=rank(), world_size=count)
     mesh = None
     if kind == "fsdp":
         mesh = init_device_mesh(device.type, (count,))
@@ -192,6 +191,15 @@ def joined(
         dist.destroy_process_group()
 
 
+def fresh_store() -> PrefixStore:
+    """The store of torchrun, without what processes before a restart left there.
+
+    Their addresses are found otherwise, and the first restart fails (torch 2.13).
+    """
+    store, _, _ = next(rendezvous("env://"))
+    return PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor of which this process may hold a share."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -205,10 +213,21 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], *, merge: bool = Fals
         tensors: all processes name the same.
         merge: make one file of them.
     """
-    writer = HuggingFaceStorageWriter(
+    writer = storage().HuggingFaceStorageWriter(
         str(folder), save_distributed=True, enable_consolidation=merge
     )
     save(dict(tensors), storage_writer=writer)
+
+
+def storage() -> Any:
+    """The module of torch that reads and writes shards as safetensors, which 2.7 lacks."""
+    try:
+        from torch.distributed.checkpoint import hf_storage
+    except ImportError:
+        raise UserError(
+            "sharded checkpoints need torch 2.8 or newer; use --parallel ddp"
+        ) from None
+    return hf_storage
 
 
 def read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -219,10 +238,11 @@ def read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         UserError: a file or tensor is missing, damaged or of another shape.
     """
+    reader = storage().HuggingFaceStorageReader(str(folder))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is")  # one process may read alone
-            load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
+            load(dict(tensors), storage_reader=reader)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         line = " ".join(str(cause).split())

@@ -214,7 +214,9 @@ def recompute_blocks(net: nn.Module) -> None:
 
 def compile_blocks(*nets: nn.Module | None) -> None:
     """Compile what a network repeats: once for all blocks, so that the wait is short."""
-    known = torch._inductor.list_options()
+    from torch._inductor import list_options  # takes a second
+
+    known = list_options()
     options = {name: value for name, value in EXACT.items() if name in known}
     for net in nets:
         for block in [] if net is None else blocks_of(net):
