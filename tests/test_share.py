@@ -344,6 +344,8 @@ class TestHub:
     def test_what_is_here_wins_and_a_slip_is_not_sent(self, run, run_folder, here, fake):
         save_pretrained(run_folder, here / "runs" / "digits")
         from_pretrained("runs/digits")
+        (here / "runs" / "digits").rename(here / "runs" / "digits@2")
+        from_pretrained("runs/digits@2")
         for path in ("runs/digist", "../runs/x", "runs", "a/b/c", "/a/b", "./runs/x"):
             refused(run("sample", path), f"{path.removeprefix('./')} holds no model")
         assert not fake.calls
