@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=3000, help="training steps of the flow")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rate", type=float, default=0.5, help="of the fine-tuning, over others'")
+    parser.add_argument("--rate", type=float, default=1.0, help="of the fine-tuning, over others'")
     parser.add_argument("--n", type=int, default=4096, help="samples judged")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "finetune")
@@ -120,7 +120,7 @@ def report(results: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -
         "",
         f"{args.n} samples, {args.seeds} seeds (mean ± half the range); compute is counted in "
         f"forward-equivalents, over the flow's, whose {args.steps} steps are in the fine-tuned "
-        f"row. The rate of the fine-tuning is {args.rate} of the preset's, that of all others.",
+        f"row. The learning rate of the fine-tuning is {args.rate:g} times that of the others.",
         "",
     ]
     return "\n".join([*lines, as_markdown(provenance())])
