@@ -237,7 +237,7 @@ def test_torch_fidelity_is_called_as_published_numbers_are_made(fake):
     fidelity(x1[:6], x1)
     assert fake.calls[1]["cache_root"] == root  # training features are made once
     assert fake.calls[1]["kid_subset_size"] == 5 and fake.calls[1]["isc_splits"] == 6
-    assert "0.0.fake" in fidelity.note and "all 5 training" in fidelity.note
+    assert "0.0.fake" in fidelity.note and "against 5 training" in fidelity.note
     assert "FID-50k (torch-fidelity)" in fidelity(x1[:1].expand(50_000, -1, -1, -1), x1)
     assert fake.calls[2]["kid_subset_size"] == 5
     assert fidelity(x1 / 0, x1) == {} and len(fake.calls) == 3

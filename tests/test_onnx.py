@@ -132,6 +132,11 @@ def test_a_file_that_computes_something_else_is_refused(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"network.onnx differs from the model by 1.0e-03"):
         export(model("mlp", 0), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    broken = model("mlp", 0)
+    next(broken.parameters()).data += torch.nan
+    with pytest.raises(UserError, match="differs from the model by nan"):
+        monkeypatch.undo()
+        export(broken, tmp_path / "out")
     for bad in (float("nan"), float("inf")):
         with pytest.raises(UserError):
             interop._refuse_wrong({"one_step.pt2": bad}, model("mlp", 0))

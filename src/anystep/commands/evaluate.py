@@ -37,7 +37,7 @@ class EvalArgs:
             own classifier.
         reference: FILE.npz of published statistics in those features (mu and sigma), or of
             pictures (arr_0): the Fréchet distance to it is added.
-        fidelity: add FID, KID and IS by torch-fidelity, against all training pictures.
+        fidelity: add FID, KID and IS by torch-fidelity, against the training pictures.
         data: where the dataset's files are, if they have moved.
         device: auto, cpu or cuda.
     """

@@ -110,23 +110,23 @@ def differences(folder: Path, model: Model) -> dict[str, float]:
     the largest output, if above 1, counts as 1. Without onnxruntime its files are left out, with
     a warning.
     """
-    found: dict[str, float] = {}
+    found, runtimes = {}, _runtimes()
     for name, module in graphs(model).items():
-        for suffix, load in _runtimes().items():
+        examples = [example(model, name, batch) for batch in CHECKED]
+        for suffix, load in runtimes.items():
             program = load(folder / f"{name}{suffix}")
-            inputs = [example(model, name, batch) for batch in CHECKED]
             with torch.no_grad():
-                wrong = [_distance(program(i), module(*i.values())) for i in inputs]
-            found[f"{name}{suffix}"] = max(wrong)
+                wrong = [_distance(program(i), module(*i.values())) for i in examples]
+            found[f"{name}{suffix}"] = float(torch.stack(wrong).max())  # nan, if one is
     return found
 
 
-def load_onnx(path: Path, threads: int | None = None) -> Program:
+def load_onnx(path: Path) -> Program:
     """An ONNX file as a function on the CPU, by onnxruntime; as many threads as torch uses."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
 
     def run(inputs: Inputs) -> Tensor:
@@ -159,6 +159,8 @@ def _write(path: Path, module: nn.Module, model: Model) -> None:
         program,
         input_names=list(inputs),
         output_names=["u" if path.name == "network" else "x1"],
+        # All share one symbol: to name it for more than one input would be warned of.
+        dynamic_shapes=dict.fromkeys(inputs) | {next(iter(inputs)): batch},
         dynamo=True,
         verbose=False,
     )
@@ -176,9 +178,9 @@ def _runtimes() -> dict[str, Callable[[Path], Program]]:
     return {".pt2": load_program}
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
+def _distance(found: Tensor, expected: Tensor) -> Tensor:
     """The largest difference, over the largest output if that is above 1."""
-    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
+    return (found - expected).abs().max() / expected.abs().max().clamp(min=1)
 
 
 def _refuse_wrong(found: dict[str, float], model: Model) -> None:

@@ -34,7 +34,7 @@ class Pictures(torch.utils.data.Dataset[Tensor]):
 
 
 class Fidelity:
-    """FID, KID and IS of samples, against all training pictures.
+    """FID, KID and IS of samples, against the training pictures.
 
     Args:
         train: the pictures.
@@ -59,7 +59,7 @@ class Fidelity:
         version = getattr(self._library, "__version__", "of unknown version")
         return (
             f"FID, KID and IS by torch-fidelity {version} (inception-v3-compat, which resizes to "
-            f"299 x 299 as TensorFlow 1 does), of images rounded to uint8, against all "
+            f"299 x 299 as TensorFlow 1 does), of images rounded to uint8, against "
             f"{len(self._train):,} training pictures."
         )
 
