@@ -17,7 +17,7 @@ from anystep.objectives.diffusion import Diffusion
 from anystep.objectives.flow_matching import FlowMatching
 from anystep.objectives.live_reflow import LiveReflow
 from anystep.objectives.shortcut import Shortcut
-from anystep.registry import from_json, to_json
+from anystep.registry import from_json
 from anystep.sampling import sample
 from anystep.spec import Model, ModelSpec
 from conftest import small_net
@@ -35,25 +35,38 @@ def model(kind, num_classes, objective=None, **changes):
     return Model(net, replace((objective or Shortcut()).spec(base), **changes)).eval()
 
 
+def many_tokens():
+    """A DiT of more tokens than attention by plain products is used for, 8 x 16."""
+    config = DiTConfig(patch=1, width=16, depth=1, heads=2)
+    torch.manual_seed(0)
+    net = config.build((1, 8, 16))
+    for parameter in net.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape)
+    return Model(net, Shortcut().spec(ModelSpec(shape=(1, 8, 16))))
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """Models by what is special of them, and the folders they were exported to."""
     models = {
         "dit with classes, guidance baked in": model("dit", 4, Shortcut(guidance=1.5)),
-        "dit without classes": model("dit", 0),
-        "mlp with classes": model("mlp", 4),
+        "dit without classes, many tokens": many_tokens(),
+        "mlp with classes, in bfloat16": model("mlp", 4).bfloat16(),
         "mlp without classes, consistency": model("mlp", 0, ConsistencyTraining(), bound=0.5),
     }
     made = {}
     for name, one in models.items():
         folder = tmp_path_factory.mktemp("exported") / "out"
+        dtype = next(one.parameters()).dtype
         with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
+            warnings.simplefilter("error")
             export(one, folder)
-        made[name] = (one, folder)
+        assert next(one.parameters()).dtype == dtype  # the model is left as it was
+        made[name] = (one.float(), folder)
     return made
 
 
+@pytest.mark.slow
 def test_files_compute_what_the_model_does_at_batches_they_were_not_traced_at(exported):
     for name, (one, folder) in exported.items():
         assert {p.name for p in folder.iterdir()} == FILES
@@ -62,6 +75,7 @@ def test_files_compute_what_the_model_does_at_batches_they_were_not_traced_at(ex
         assert set(found) == FILES and max(found.values()) <= LIMIT
 
 
+@pytest.mark.slow
 def test_one_step_file_is_the_sampler(exported):
     """By the file and nothing else of ours: numpy in, numpy out, any batch."""
     import onnxruntime
@@ -77,6 +91,7 @@ def test_one_step_file_is_the_sampler(exported):
         assert np.abs(x1 - inputs["x0"].numpy()).max() > 0.1  # not the identity
 
 
+@pytest.mark.slow
 def test_network_file_sees_every_input(exported):
     one, folder = exported["dit with classes, guidance baked in"]
     run = load_onnx(folder / "network.onnx")
@@ -91,6 +106,7 @@ def test_network_file_sees_every_input(exported):
     assert torch.equal(run(inputs | {"d": finest}), run(inputs | {"d": finest / 8}))
 
 
+@pytest.mark.slow
 def test_inputs_outputs_and_spec_are_in_the_files(exported):
     for one, folder in exported.values():
         cond = ["cond"] if one.spec.num_classes else []
@@ -128,32 +144,23 @@ def test_one_step_is_sample_in_one_step(kind, objective):
 
 
 def test_a_file_that_computes_something_else_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(interop, "_write", lambda path, *_: path.touch())
     monkeypatch.setattr(interop, "differences", lambda *_: {"network.onnx": 1e-3})
     with pytest.raises(UserError, match=r"network.onnx differs from the model by 1.0e-03"):
         export(model("mlp", 0), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    broken = model("mlp", 0)
-    next(broken.parameters()).data += torch.nan
-    with pytest.raises(UserError, match="differs from the model by nan"):
-        monkeypatch.undo()
-        export(broken, tmp_path / "out")
     for bad in (float("nan"), float("inf")):
         with pytest.raises(UserError):
             interop._refuse_wrong({"one_step.pt2": bad}, model("mlp", 0))
 
 
+@pytest.mark.slow
 def test_differences_see_another_model(exported):
-    one, folder = exported["mlp with classes"]
+    one, folder = exported["mlp with classes, in bfloat16"]
     other = Model(small_net("mlp", 4, seed=1)[0], one.spec).eval()
     assert min(differences(folder, other).values()) > 10 * LIMIT
-
-
-def test_the_weights_exported_are_float32_and_the_model_is_left_as_it_was(tmp_path):
-    half = model("mlp", 0).bfloat16()
-    before = to_json(half.spec)
-    export(half, tmp_path / "out")
-    assert next(half.parameters()).dtype == torch.bfloat16 and to_json(half.spec) == before
-    assert max(differences(tmp_path / "out", half.float()).values()) <= LIMIT
+    next(other.parameters()).data[0, 0] = torch.nan
+    assert all(np.isnan(value) for value in differences(folder, other).values())
 
 
 def test_mistakes_are_one_line(monkeypatch, tmp_path):
@@ -167,27 +174,14 @@ def test_mistakes_are_one_line(monkeypatch, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
 
 
+@pytest.mark.slow
 def test_without_onnxruntime_the_programs_are_checked_and_the_rest_warned_of(
     monkeypatch, exported
 ):
-    one, folder = exported["mlp with classes"]
+    one, folder = exported["mlp with classes, in bfloat16"]
     found = interop.importlib.util.find_spec
     monkeypatch.setattr(
         interop.importlib.util, "find_spec", lambda n: None if n == "onnxruntime" else found(n)
     )
     with pytest.warns(UserWarning, match="onnxruntime is not installed"):
         assert set(differences(folder, one)) == {"network.pt2", "one_step.pt2"}
-
-
-def test_sdpa_attention_of_many_tokens(tmp_path):
-    """A DiT of more tokens than plain products are used for, 8 x 16 here."""
-    config = DiTConfig(patch=1, width=16, depth=1, heads=2)
-    torch.manual_seed(0)
-    net = config.build((1, 8, 16), 3)
-    for parameter in net.parameters():
-        parameter.data += 0.05 * torch.randn(parameter.shape)
-    one = Model(net, Shortcut().spec(ModelSpec(shape=(1, 8, 16), num_classes=3)))
-    export(one, tmp_path / "out")
-    found = differences(tmp_path / "out", one)
-    print({name: f"{value:.1e}" for name, value in found.items()})
-    assert max(found.values()) <= LIMIT

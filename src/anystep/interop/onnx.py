@@ -14,11 +14,13 @@ The spec goes along as JSON: in an ONNX file's metadata under `anystep.spec`, in
 extra file of that name.
 """
 
+import contextlib
 import copy
 import importlib.util
 import json
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,7 @@ def export(model: Model, out: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder; name a new one")
     model = copy.deepcopy(model).cpu().float().eval()
-    with replacing(out.absolute()) as folder:
+    with _quiet(), replacing(out.absolute()) as folder:
         for name, module in graphs(model).items():
             _write(folder / name, module, model)
         _refuse_wrong(differences(folder, model), model)
@@ -166,6 +168,20 @@ def _write(path: Path, module: nn.Module, model: Model) -> None:
     )
     onnx.model.metadata_props[SPEC] = spec
     onnx.save(path.with_suffix(".onnx"))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporters say about torchvision and about themselves."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _runtimes() -> dict[str, Callable[[Path], Program]]:

@@ -26,7 +26,7 @@ from anystep.metrics.frechet import feature_pair, frechet_from_moments, moments
 from anystep.metrics.quoted import counted
 
 INCEPTION = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
-DAMAGED = (zipfile.BadZipFile, zlib.error)
+DAMAGED = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,16 @@ def read_reference(path: Path, features: TorchScriptFeatures, example: Tensor) -
 def _read(path: Path) -> dict[str, np.ndarray]:
     """The arrays of the file that are of use here."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            names = list(file.files)  # a single array, which .npy files hold, has none
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise ValueError("a single array, as .npy files hold it")
+        with file:
+            names = list(file.files)
             wanted = ("mu", "sigma") if {"mu", "sigma"} <= set(names) else ("arr_0",)
             found = {name: file[name] for name in wanted if name in names}
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except (OSError, ValueError, EOFError, AttributeError, *DAMAGED):
+    except DAMAGED:
         raise UserError(f"{path} is not an .npz file of arrays, or is damaged") from None
     if not found:
         raise UserError(

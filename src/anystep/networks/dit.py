@@ -114,8 +114,9 @@ class DiT(nn.Module):
     def unpatchify(self, h: Tensor) -> Tensor:
         """Tokens (B, rows * columns, p * p * C), in the order p, p, C, to (B, C, H, W)."""
         (rows, columns), p, channels = self.grid, self.config.patch, self.shape[0]
-        h = h.reshape(len(h), rows, columns, p, p, channels)
-        return h.permute(0, 5, 1, 3, 2, 4).reshape(len(h), *self.shape)
+        batch = h.shape[0]  # len() would fix it in an exported graph
+        h = h.reshape(batch, rows, columns, p, p, channels)
+        return h.permute(0, 5, 1, 3, 2, 4).reshape(batch, *self.shape)
 
 
 class Block(nn.Module):
