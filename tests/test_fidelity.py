@@ -7,6 +7,7 @@ import types
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from torch import nn
 
@@ -14,7 +15,7 @@ from anystep.cli import main
 from anystep.data import Dataset, Splits
 from anystep.errors import UserError
 from anystep.evaluate import Judge
-from anystep.metrics import TorchScriptFeatures, frechet_distance
+from anystep.metrics import TorchScriptFeatures
 from anystep.metrics import reference as references
 from anystep.metrics.fidelity import Fidelity, Pictures
 from anystep.metrics.quoted import counted
@@ -67,6 +68,13 @@ def statistics(array):
     return {"mu": rows.mean(0), "sigma": np.cov(rows, rowvar=False)}
 
 
+def published(a, b):
+    """The distance as those scripts compute it (Heusel et al.): scipy's root of a product."""
+    means = np.square(a["mu"] - b["mu"]).sum()
+    root = scipy.linalg.sqrtm(a["sigma"] @ b["sigma"])
+    return float(means + np.trace(a["sigma"] + b["sigma"] - 2 * root.real))
+
+
 def saved(path, **arrays):
     np.savez(path, **arrays)
     return path
@@ -78,7 +86,7 @@ def saved(path, **arrays):
 def test_statistics_and_pictures_of_a_file_give_one_distance(features, tmp_path):
     real, made = pictures(400), pictures(300, 1) // 2 + 60
     x1 = in_scale(made)
-    expected = frechet_distance(features(x1), features(in_scale(real)))
+    expected = published(statistics(made), statistics(real))
     for name, arrays in {
         "statistics": statistics(real),
         "pictures": {"arr_0": real},
@@ -122,11 +130,13 @@ def test_only_50000_rounded_samples_in_inception_features_are_called_so(
 
 
 def test_note_says_file_hash_resizing_and_rounding(program, features, tmp_path):
-    digest = hashlib.sha256(program.read_bytes()).hexdigest()
-    x = in_scale(pictures(3))
-    reference = read_reference(saved(tmp_path / "r.npz", arr_0=pictures(20)), features, x[0])
-    for word in ("r.npz", "20 pictures", "inception.pt", digest, "not resized", "uint8"):
+    path = saved(tmp_path / "r.npz", arr_0=pictures(20))
+    digest, other = (hashlib.sha256(p.read_bytes()).hexdigest() for p in (program, path))
+    reference = read_reference(path, features, in_scale(pictures(1))[0])
+    for word in ("Fréchet to the 20 pictures in r.npz", other, "features of inception.pt"):
         assert word in reference.note
+    for word in ("inception.pt", digest, "not resized", "rounded to uint8"):
+        assert word in features.name
     assert "resized to 299 x 299" in TorchScriptFeatures(program, size=299).name
     assert "floats" in TorchScriptFeatures(program, uint8=False).name
 
@@ -312,7 +322,8 @@ def test_eval_reports_the_distance_to_a_reference_file(run, program, features, t
     score = report["rows"][-1]["scores"]["Fréchet-20 (features inception.pt)"]
     assert score > 0 and "| Fréchet-20 (features inception.pt) |" in text
     notes = " ".join(report["notes"])
-    for word in ("published.npz", features.digest, "not resized", "uint8", "20 samples"):
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    for word in ("published.npz", digest, features.digest, "not resized", "uint8", "20 samples"):
         assert word in notes and word in text
     print(text)
 

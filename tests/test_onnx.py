@@ -101,9 +101,11 @@ def test_network_file_sees_every_input(exported):
     changed["d"] = torch.where(inputs["d"] < 0.5, 1.0, 0.125)
     for name, value in changed.items():
         assert (run(inputs | {name: value}) - u).abs().max() > 1e-3, name
-    # Below 1/M every step is the finest: the spec is in the graph.
-    finest = torch.full((3,), 1 / one.spec.finest)
-    assert torch.equal(run(inputs | {"d": finest}), run(inputs | {"d": finest / 8}))
+    # The spec is in the graph: a consistency model is asked d = 0 whatever the step.
+    one, folder = exported["mlp without classes, consistency"]
+    run, inputs = load_onnx(folder / "network.onnx"), example(one, "network", 3)
+    ones, halves = ({"d": torch.full((3,), d)} for d in (1.0, 0.5))
+    assert torch.equal(run(inputs | ones), run(inputs | halves))
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ the SHA-256 of the TorchScript file that StyleGAN2-ADA and clean-fid use; in any
 number is called a Fréchet distance.
 """
 
+import hashlib
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class Reference:
         features: what gives the features of the samples.
         mean: (D,) float64.
         covariance: (D, D) float64, unbiased.
-        source: what in the file they come from.
+        source: what in the file they come from, in a few words.
     """
 
     path: Path
@@ -50,9 +51,10 @@ class Reference:
     @property
     def note(self) -> str:
         """How the distance is made, in a sentence."""
+        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
         return (
-            f"{self._score} to {self.path.name}, whose {self.source}, "
-            f"in the features of {self.features.name}."
+            f"{self._score} to the {self.source} in {self.path.name} (SHA-256 {digest}), "
+            f"in the features of {self.features.path.name}."
         )
 
     def __call__(self, x1: Tensor, features: Tensor) -> dict[str, float]:
@@ -101,11 +103,11 @@ def read_reference(path: Path, features: TorchScriptFeatures, example: Tensor) -
                 f"{path} holds statistics of {len(mean)} features and {features.path} gives "
                 f"{size}: they are not of one network"
             )
-        return Reference(path, features, mean, covariance, f"mu and sigma are of {size} features")
+        return Reference(path, features, mean, covariance, f"mu and sigma of {size} features")
     pictures = _pictures(path, arrays["arr_0"], tuple(example.shape))
     parts = [features(rows.float() / 127.5 - 1) for rows in torch.split(pictures, BATCH)]
     mean, covariance = moments(torch.cat(parts).double())
-    return Reference(path, features, mean, covariance, f"{len(pictures):,} pictures were used")
+    return Reference(path, features, mean, covariance, f"{len(pictures):,} pictures")
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
