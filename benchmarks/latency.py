@@ -77,8 +77,8 @@ def readme(measured: dict[str, Any], repeats: int) -> str:
     lines = [
         "# Latency of one-step sampling on the CPU",
         "",
-        f"Milliseconds from noise to samples, medians of {repeats} calls that take turns, on "
-        f"{torch.get_num_threads()} threads; onnxruntime {onnxruntime.__version__}.",
+        f"Milliseconds from noise to samples, medians of {repeats} calls that take turns; "
+        f"onnxruntime {onnxruntime.__version__}, threads: {torch.get_num_threads()}.",
         "",
         "| model | batch | eager | torch.compile | onnxruntime |",
         "|---|---|---|---|---|",
