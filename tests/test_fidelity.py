@@ -328,12 +328,14 @@ def test_eval_reports_the_distance_to_a_reference_file(run, program, features, t
     print(text)
 
 
-def test_eval_mistakes_are_one_line(run, program, tmp_path):
+def test_eval_mistakes_are_one_line(run, program, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # as if it were not installed
     path = saved(tmp_path / "other.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     for args, message in (
         (["--reference", path], "--reference needs --features"),
         (["--features", program, "--reference", path], "2048 features"),
         (["--features", program, "--reference", tmp_path / "gone.npz"], "no such file"),
+        (["--fidelity"], "pip install 'anystep[fidelity]'"),
     ):
         code, _, err = run(*args)
         assert code == 2 and message in err and err.count("\n") == 1
