@@ -1,9 +1,9 @@
 """A model as graphs that run without this library: ONNX and `torch.export`.
 
-| files                          | inputs                             | output                  |
-|--------------------------------|------------------------------------|-------------------------|
-| network.onnx, network.pt2      | x (B, *shape), t, d (B,), cond (B,) | u = model(x, t, d, cond) |
-| one_step.onnx, one_step.pt2    | x0 (B, *shape), cond (B,)          | x1, one-step sampling   |
+| files                       | inputs                              | output                   |
+|-----------------------------|-------------------------------------|--------------------------|
+| network.onnx, network.pt2   | x (B, *shape), t, d (B,), cond (B,) | u = model(x, t, d, cond) |
+| one_step.onnx, one_step.pt2 | x0 (B, *shape), cond (B,)           | x1, one-step sampling    |
 
 All are float32 but cond, int64 class ids, which a model without classes does not take; the null
 label is num_classes. The batch B is free. d is the true step: what the network is asked for it is
@@ -19,6 +19,7 @@ import copy
 import importlib.util
 import json
 import logging
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anystep.checkpoint import replacing
+from anystep.checkpoint import replacing, temporary
 from anystep.errors import UserError
 from anystep.path import coefficients, data_from_noise, data_from_velocity
 from anystep.registry import to_json
@@ -78,11 +79,15 @@ def export(model: Model, out: Path) -> None:
         raise UserError(f"ONNX needs {' and '.join(missing)}: pip install 'anystep[onnx]'")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder; name a new one")
-    model = copy.deepcopy(model).cpu().float().eval()
-    with _quiet(), replacing(out.absolute()) as folder:
-        for name, module in graphs(model).items():
-            _write(folder / name, module, model)
-        _refuse_wrong(differences(folder, model), model)
+    model, out = copy.deepcopy(model).cpu().float().eval(), out.absolute()
+    try:
+        with _quiet(), replacing(out) as folder:
+            for name, module in graphs(model).items():
+                _write(folder / name, module, model)
+            _refuse_wrong(differences(folder, model), model)
+    except BaseException:
+        shutil.rmtree(temporary(out), ignore_errors=True)
+        raise
 
 
 def graphs(model: Model) -> dict[str, nn.Module]:
