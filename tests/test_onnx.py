@@ -109,6 +109,18 @@ def test_network_file_sees_every_input(exported):
 
 
 @pytest.mark.slow
+def test_a_loop_around_the_network_file_is_the_sampler(exported):
+    one, folder = exported["dit with classes, guidance baked in"]
+    run, inputs = load_onnx(folder / "network.onnx"), example(one, "one_step", 7)
+    x, cond, d = inputs["x0"], inputs["cond"], torch.full((7,), 0.25)
+    for k in range(4):
+        x = x + 0.25 * run({"x": x, "t": torch.full((7,), k / 4), "d": d, "cond": cond})
+    x1 = sample(one, inputs["x0"], steps=4, cond=cond)
+    print(f"four steps: {(x - x1).abs().max():.1e}")
+    torch.testing.assert_close(x, x1, rtol=0, atol=LIMIT)
+
+
+@pytest.mark.slow
 def test_inputs_outputs_and_spec_are_in_the_files(exported):
     for one, folder in exported.values():
         cond = ["cond"] if one.spec.num_classes else []
