@@ -1,6 +1,7 @@
 """Exported graphs compute what the model does, and say what they are."""
 
 import json
+import logging
 import warnings
 from dataclasses import replace
 
@@ -158,11 +159,13 @@ def test_one_step_is_sample_in_one_step(kind, objective):
 
 
 def test_a_file_that_computes_something_else_is_refused(monkeypatch, tmp_path):
+    level = logging.getLogger("torch.onnx").level
     monkeypatch.setattr(interop, "_write", lambda path, *_: path.touch())
     monkeypatch.setattr(interop, "differences", lambda *_: {"network.onnx": 1e-3})
     with pytest.raises(UserError, match=r"network.onnx differs from the model by 1.0e-03"):
         export(model("mlp", 0), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+    assert logging.getLogger("torch.onnx").level == level
     for bad in (float("nan"), float("inf")):
         with pytest.raises(UserError):
             interop._refuse_wrong({"one_step.pt2": bad}, model("mlp", 0))
