@@ -194,9 +194,9 @@ def test_a_checkpoint_of_one_process_goes_on_sharded(runs, tmp_path):
     assert_close(tensors(two), tensors(one), 5e-3)
 
 
-def test_a_sharded_run_is_sampled_as_any_other(runs, capsys):
-    run = runs["images"]["fsdp"]
-    assert main(["sample", str(run.out), "--steps", "2", "--n", "4"]) == 0, capsys.readouterr()
+def test_a_sharded_run_is_sampled_as_any_other(runs, tmp_path):
+    run, out = runs["images"]["fsdp"], tmp_path / "samples.png"
+    assert main(["sample", str(run.out), "--steps", "2", "--n", "4", "--out", str(out)]) == 0
     weights = load_file(checkpoint.find_model(run.out) / checkpoint.WEIGHTS)
     model = checkpoint.load_model(run.out)
     assert weights.keys() == model.net.state_dict().keys()
