@@ -18,7 +18,7 @@ from typing import Any
 
 import onnxruntime
 import torch
-from step import medians, sizes
+from step import sizes, timed
 
 from anystep import checkpoint
 from anystep.interop.onnx import OneStep, differences, example, export, load_onnx
@@ -67,7 +67,7 @@ def latencies(model: Model, repeats: int) -> dict[str, Any]:
             made = {name: run() for name, run in runs.items()}
             for x1 in made.values():
                 torch.testing.assert_close(x1, made["eager"], rtol=1e-4, atol=1e-4)
-            seconds = medians(runs, repeats, CPU)
+            seconds = timed(runs, repeats, CPU)
             found[f"batch {batch}"] = {name: 1e3 * s for name, s in seconds.items()}
     return found
 

@@ -16,7 +16,6 @@ import argparse
 import importlib.util
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from step import METHODS, SHARE, WARM_UP, Size, sizes, training
+from step import METHODS, SHARE, Size, sizes, timed, training
 from torch import Tensor, nn
 
 from anystep.config import pick_device
@@ -99,20 +98,6 @@ def load_file_of(package: str, name: str) -> ModuleType:
     return module
 
 
-def means(contestants: dict[str, Step], repeats: int, device: torch.device) -> dict[str, float]:
-    """Mean seconds of each contestant; they take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for repeat in range(repeats + WARM_UP):
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat >= WARM_UP:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.mean(values) for name, values in seconds.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", default="digits")
@@ -131,7 +116,7 @@ def main() -> None:
             contestants[name] = make(size, device)
         except ImportError as error:
             print(f"{name} is left out: {error}")
-    seconds = means(contestants, args.repeats, device)
+    seconds = timed(contestants, args.repeats, device, statistics.mean)
     report: dict[str, Any] = {
         "size": args.size,
         "bootstrap_share": SHARE,

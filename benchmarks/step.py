@@ -124,10 +124,13 @@ def reference(state: State) -> None:
             block.few_tokens = 0
 
 
-def medians(
-    contestants: dict[str, Callable[[], None]], repeats: int, device: torch.device
+def timed(
+    contestants: dict[str, Callable[[], None]],
+    repeats: int,
+    device: torch.device,
+    average: Callable[[list[float]], float] = statistics.median,
 ) -> dict[str, float]:
-    """Median seconds of each contestant; they take turns."""
+    """Average seconds of each contestant; they take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for repeat in range(repeats + WARM_UP):
         for name, run in contestants.items():
@@ -137,7 +140,7 @@ def medians(
                 torch.cuda.synchronize()
             if repeat >= WARM_UP:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: average(values) for name, values in seconds.items()}
 
 
 def first_step(run: Callable[[], None]) -> float:
@@ -174,7 +177,7 @@ def step_times(
         flops[method] = counter.get_total_flops()
     contestants = {f"{m}, {p}": run for (m, p), run in runs.items()}
     products = {str(t): matrix_product(t, device) for t in (torch.float32, torch.bfloat16)}
-    seconds = medians(contestants | products, repeats, device)
+    seconds = timed(contestants | products, repeats, device)
     rates = {name: 2 * SIDE**3 / seconds.pop(name) for name in products}
 
     def row(method: str, path: str) -> dict[str, float]:
@@ -215,7 +218,7 @@ def sampling_ratio(steps: int, batch: int, repeats: int, device: torch.device) -
     def sampled() -> None:
         sample(model, x0, steps=steps, cond=cond)
 
-    times = medians({"sampled": sampled, "bare": bare}, repeats, device)
+    times = timed({"sampled": sampled, "bare": bare}, repeats, device)
     return {
         "steps": steps,
         "batch": batch,

@@ -19,6 +19,7 @@ LAYERS = [
         "presets",
         "pairs",
         "encode",
+        "start",
         "state",
         "train",
         "evaluate",
